@@ -1,0 +1,1 @@
+"""Tests, in folders that mirror the source; `tests.oracles` holds slow, obvious NumPy versions."""
