@@ -1,0 +1,1 @@
+"""jq: quantization of large language models in JAX."""
