@@ -42,7 +42,7 @@ def attend(
     places: Places,
     window: int | None = None,
 ) -> Float[Array, "B T H hd"]:
-    """softmax(q k^T / sqrt(hd)) v with float32 scores; query head h reads key head h // (H / KV)."""
+    """softmax(q k^T / sqrt(hd)) v, scores in float32; query head h reads key head h // (H/KV)."""
     length = q.shape[1]
     if length <= MAX_UNCHUNKED:
         return _attend(q, places.queries, k, v, places.keys, window)
@@ -81,7 +81,7 @@ def _attend(
 
 
 class Attention(nn.Module):
-    """Projections and attention, in two steps: `mix` makes the input of `o_proj`, `output` runs it."""
+    """Projections and attention in two steps: `mix` makes the input of `o_proj`, `output` runs it."""
 
     config: ModelConfig
     window: int | None = None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class ModelConfig:
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
-    rope: RopeConfig = RopeConfig()
+    rope: RopeConfig = field(default_factory=RopeConfig)
     layer_windows: tuple[int | None, ...] = ()
     qkv_bias: bool = False
     o_bias: bool = False
@@ -83,7 +83,7 @@ class ModelConfig:
         _check(self)
 
     @classmethod
-    def from_hf(cls, raw: Mapping[str, Any]) -> "ModelConfig":
+    def from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
         """Build from the parsed contents of a `config.json`.
 
         Raises:
@@ -132,7 +132,7 @@ class ModelConfig:
         )
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> "ModelConfig":
+    def from_folder(cls, path: str | Path) -> ModelConfig:
         """Read `<path>/config.json`; ModelError where it is missing or is not JSON."""
         return cls.from_hf(read_json(Path(path) / "config.json"))
 
@@ -165,7 +165,7 @@ class ModelConfig:
                 raw[flag] = value
         return raw | _windows_to_hf(kind, self.layer_windows)
 
-    def with_changes(self, **changes: Any) -> "ModelConfig":
+    def with_changes(self, **changes: Any) -> ModelConfig:
         """A copy with some fields replaced, checked again."""
         return replace(self, **changes)
 

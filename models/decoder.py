@@ -95,7 +95,7 @@ class Decoder(nn.Module):
         positions: Int[Array, "B T"] | None = None,
         mask: Any = None,
         cache: KVCache | None = None,
-        at: Int[Array, "B"] | None = None,
+        at: Int[Array, " B"] | None = None,
     ) -> Any:
         """Logits of every token, or of one per row.
 
@@ -173,7 +173,7 @@ class Decoder(nn.Module):
         carry: Any,
         mask: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
-        """One stage of a block of this kind with the block's own parameters (see `jq.blockwise`)."""
+        """One stage of a block of this kind, with its own parameters (see `jq.blockwise`)."""
         places = make_places(x.shape[:2], mask=mask)
         block = self._block(kind, parent=None)
         return block.apply({"params": params}, index, x, carry, places, method="stage")

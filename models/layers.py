@@ -86,7 +86,7 @@ class RMSNorm(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(act(gate(x)) * up(x)) (Shazeer 2020, "GLU variants improve transformer"), in two steps."""
+    """down(act(gate(x)) * up(x)), in two steps (Shazeer 2020, "GLU variants improve transformer")."""
 
     config: ModelConfig
     param_dtype: Any = jnp.float32

@@ -37,8 +37,8 @@ class RopeConfig:
         factor: the extension factor; 1 for `default`.
         original_max_position_embeddings: the pretrained context, where the kind needs it.
         low_freq_factor, high_freq_factor: `llama3` only.
-        beta_fast, beta_slow, truncate: `yarn` only, the ramp's ends in rotations over the pretrained
-            context, and whether they are rounded to whole channels.
+        beta_fast, beta_slow, truncate: `yarn` only, the ramp's ends in rotations over the
+            pretrained context, and whether they are rounded to whole channels.
         attention_factor, mscale, mscale_all_dim: `yarn` only; the factor on cos and sin is
             `attention_factor` where given, else it follows from the others.
     """
@@ -119,7 +119,7 @@ def rotary_tables(
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate `x` `[B, T, H, head_dim]` by tables `[B, T, head_dim/2]`, in float32; dtype of x kept."""
+    """Rotate `x` `[B, T, H, head_dim]` by tables `[B, T, head_dim/2]`, in float32; x's dtype."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
