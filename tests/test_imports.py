@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 import textwrap
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,13 @@ def test_allowed_imports_pass(module, source):
 def test_relative_names_in_a_package_resolve_to_itself():
     assert imported("from . import rope", "jq.models", True) == [(1, "jq.models.rope")]
     assert imported("from .rope import f", "jq.models.decoder", False) == [(1, "jq.models.rope.f")]
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_links_are_relative_and_type_checked(name):
+    assert (ROOT / "jq" / name).readlink() == Path("..") / name
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pyright"]
+    assert f"jq/{name}" in settings["include"]  # pyright skips a link that is not named
 
 
 def run_without(left_out: tuple[str, ...], body: str) -> subprocess.CompletedProcess[str]:

@@ -91,9 +91,9 @@ def test_the_package_is_checked():
 
 def test_promotion_is_strict():
     with pytest.raises(jax.dtypes.TypePromotionError):
-        jnp.ones(3, jnp.bfloat16) + jnp.ones(3, jnp.float32)
+        jnp.add(jnp.ones(3, jnp.bfloat16), jnp.ones(3, jnp.float32))
     with pytest.raises(ValueError, match="rank_promotion"):
-        jnp.ones((2, 3)) + jnp.ones(3)
+        jnp.add(jnp.ones((2, 3)), jnp.ones(3))
 
 
 @pytest.mark.loose_promotion
