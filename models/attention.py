@@ -81,7 +81,7 @@ def _attend(
 
 
 class Attention(nn.Module):
-    """Projections and attention in two steps: `mix` makes the input of `o_proj`, `output` runs it."""
+    """Attention in two steps: `mix` makes the input of `o_proj`, `output` runs it."""
 
     config: ModelConfig
     window: int | None = None

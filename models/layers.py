@@ -86,7 +86,7 @@ class RMSNorm(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(act(gate(x)) * up(x)), in two steps (Shazeer 2020, "GLU variants improve transformer")."""
+    """down(act(gate(x)) * up(x)), in two steps (Shazeer 2020, arXiv:2002.05202)."""
 
     config: ModelConfig
     param_dtype: Any = jnp.float32
