@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable, Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 
@@ -40,6 +40,7 @@ class LinearGroup:
     head_dim: int = 0
 
 
+@runtime_checkable
 class BlockwiseModel(Protocol):
     """What the calibration driver needs of a model.  Methods are pure and may be jitted."""
 
