@@ -1,0 +1,177 @@
+"""What a checkpoint folder holds, as data: names, entries and the layout of a stored QTensor.
+
+    config.json, tokenizer.json, ...   the model's own files, copied as they are
+    jaxq.json                          the manifest (see `Manifest`), written last
+    report.json                        optional, what the caller measured per layer
+    params/<part>/                     one Orbax checkpoint per top-level key of the parameters
+
+Inside a part every array is an uncompressed Zarr v2 array of one chunk, so the file that holds it
+is exactly its little-endian C-order bytes, and `sha256sum` prints the digest of the manifest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jq.errors import CheckpointError, SpecError
+from jq.packing import LAYOUT_VERSION, packed_size
+from jq.spec import QuantSpec
+
+FORMAT = "jaxq"
+FORMAT_VERSION = 1
+MANIFEST = "jaxq.json"
+REPORT = "report.json"
+PARAMS = "params"
+CONFIG_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+# What JAX holds without x64, and Zarr stores bit for bit.
+DTYPES = (
+    *("bfloat16", "float16", "float32", "float8_e4m3fn"),
+    *("uint8", "int8", "uint16", "int16", "uint32", "int32", "bool"),
+)
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayEntry:
+    """One stored array; sha256 is that of its little-endian C-order bytes, in hex."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(jnp.dtype(self.dtype)).itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class QTensorEntry:
+    """A stored QTensor: its static fields, and the arrays it has (None fields are left out)."""
+
+    spec: QuantSpec
+    k: int
+    n: int
+    fields: Mapping[str, ArrayEntry]
+
+
+@dataclasses.dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and sha256 in hex of a file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PartEntry:
+    """One part.  tensors: by full path ("layers_0/mlp/up_proj/kernel"); files: what Orbax wrote
+    beside the array data, by name relative to the part's folder."""
+
+    tensors: Mapping[str, ArrayEntry | QTensorEntry]
+    files: Mapping[str, FileEntry]
+
+    def arrays(self) -> Iterator[tuple[str, ArrayEntry]]:
+        """(path, entry) of every array; the fields of a QTensor stand under its path."""
+        for path, entry in self.tensors.items():
+            if isinstance(entry, ArrayEntry):
+                yield path, entry
+            else:
+                yield from ((f"{path}/{name}", field) for name, field in entry.fields.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """The contents of jaxq.json.
+
+    parts: by top-level key of the parameter tree, in the order they were written.
+    meta: what the caller recorded (recipe, calibration, ...).
+    versions: of the libraries that wrote the checkpoint.
+    files: the copied files, by name.
+    """
+
+    parts: Mapping[str, PartEntry]
+    meta: Mapping[str, Any]
+    versions: Mapping[str, str]
+    files: Mapping[str, FileEntry]
+    format_version: int = FORMAT_VERSION
+    packing_layout: int = LAYOUT_VERSION
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.nbytes for part in self.parts.values() for _, entry in part.arrays())
+
+
+def safe_name(name: str) -> bool:
+    """Whether a string may be a key of the parameter tree and part of a file name."""
+    return _NAME.fullmatch(name) is not None
+
+
+def stored_name(path: str) -> str:
+    """The folder that Orbax gives to the array at a path."""
+    return path.replace("/", ".")
+
+
+def qtensor_layout(
+    spec: QuantSpec, k: int, n: int, lead: tuple[int, ...], *, ordered: bool
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of every array of a QTensor `[*lead, k, n]`, by field.
+
+    Raises SpecError when group_size does not divide the tensor.
+    """
+    rows, columns = spec.scale_shape(k, n)
+    if spec.is_float:
+        codes = ("float8_e4m3fn", (*lead, k, n))
+    elif spec.bits == 8 and spec.symmetric:
+        codes = ("int8", (*lead, k, n))
+    else:
+        codes = ("uint8", (*lead, packed_size(k, spec.bits), n))
+    layout = {"codes": codes, "scale": (str(spec.scale_dtype), (*lead, rows, columns))}
+    if spec.has_zero_point:
+        layout["zero_point"] = ("uint8", (*lead, rows, packed_size(columns, spec.bits)))
+    if ordered:
+        layout["order"] = ("int32", (*lead, k))
+    if spec.activation is not None and spec.activation.static:
+        layout["input_scale"] = ("float32", lead)
+    return layout
+
+
+def check_qtensor(path: str, entry: QTensorEntry) -> None:
+    """Raise CheckpointError, with both values, unless the arrays are those the spec asks for."""
+    shape = entry.fields["codes"].shape if "codes" in entry.fields else ()
+    if len(shape) < 2:
+        raise CheckpointError(f"{path}: a quantized tensor needs codes [..., K, N], got {shape}")
+    ordered = "order" in entry.fields
+    try:
+        wanted = qtensor_layout(entry.spec, entry.k, entry.n, shape[:-2], ordered=ordered)
+    except SpecError as error:
+        raise CheckpointError(
+            f"{path}: [{entry.k}, {entry.n}] does not fit its spec: {error}"
+        ) from error
+    if wanted.keys() != entry.fields.keys():
+        raise CheckpointError(
+            f"{path}: {entry.spec} needs the arrays {', '.join(sorted(wanted))}, "
+            f"but there are {', '.join(sorted(entry.fields))}"
+        )
+    for name, (dtype, size) in wanted.items():
+        field = entry.fields[name]
+        if (field.dtype, field.shape) != (dtype, size):
+            raise CheckpointError(
+                f"{path}: {name} is {field.dtype}{list(field.shape)}, but {entry.spec} of "
+                f"[{entry.k}, {entry.n}] needs {dtype}{list(size)}"
+            )

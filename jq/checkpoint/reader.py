@@ -1,0 +1,214 @@
+"""Read a checkpoint, part by part, and believe nothing that was not verified."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jq import tree
+from jq.checkpoint import format as fmt
+from jq.checkpoint import orbax_io
+from jq.checkpoint.digests import array_digest, file_entry, in_threads
+from jq.checkpoint.format import ArrayEntry, Manifest, PartEntry, QTensorEntry
+from jq.checkpoint.manifest import parse_manifest
+from jq.checkpoint.parts import check_part, nest
+from jq.errors import CheckpointError
+from jq.qtensor import QTensor
+
+Shardings = Callable[[str, tuple[int, ...]], Any]
+
+
+def is_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds a jaxq manifest (which may still be damaged)."""
+    return Path(path, fmt.MANIFEST).is_file()
+
+
+def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """Read and check jaxq.json of a checkpoint folder.
+
+    Raises CheckpointError where there is none, or naming the entry that is wrong
+    (see `jq.checkpoint.manifest.parse_manifest`).
+    """
+    file = Path(path, fmt.MANIFEST)
+    if file.is_symlink() or not file.is_file():
+        raise CheckpointError(
+            f"{file} is missing: {path} is no jaxq checkpoint, or its copy is incomplete"
+        )
+    return parse_manifest(file.read_bytes(), str(file))
+
+
+def check_files(path: str | os.PathLike[str], manifest: Manifest) -> None:
+    """Compare the copied files (config, tokenizer, ...) with their digests in the manifest.
+
+    generation_config.json and report.json are the user's to edit, and are not compared.
+    Raises CheckpointError naming the first file that is missing or differs.
+    """
+    for name, entry in manifest.files.items():
+        if name in ("generation_config.json", fmt.REPORT):
+            continue
+        file = Path(path, name)
+        if file.is_symlink() or not file.is_file():
+            raise CheckpointError(f"{file} is missing: the checkpoint is incomplete; copy it again")
+        found = file_entry(file)
+        if found != entry:
+            raise CheckpointError(
+                f"{file} is not what was written: {found.bytes} bytes with sha256 {found.sha256}, "
+                f"the manifest says {entry.bytes} bytes with {entry.sha256}; copy it again"
+            )
+
+
+def load_params(
+    path: str | os.PathLike[str],
+    *,
+    verify: bool = True,
+    shardings: Shardings | None = None,
+    parts: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Load the parameter tree, with QTensors where they were.
+
+    Args:
+      path: a checkpoint folder.
+      verify: compare the digest of every tensor. Sizes, shapes and dtypes are compared always.
+      shardings: maps an array's path ("layers_0/mlp/up_proj/kernel/codes") and shape to the
+        jax.sharding.Sharding it shall have; None, as a function or as a result, is JAX's default
+        device. Every process of a multi-host program reads and verifies whole tensors, one part at
+        a time, and keeps its own shards.
+      parts: which top-level keys to load; all when None.
+    Returns: nested dicts of jax.Array and QTensor, bit for bit what was written.
+    Raises: CheckpointError naming the tensor and what disagrees; nothing is ever cast.
+    """
+    return dict(iter_parts(path, verify=verify, shardings=shardings, parts=parts))
+
+
+def iter_parts(
+    path: str | os.PathLike[str],
+    *,
+    verify: bool = True,
+    shardings: Shardings | None = None,
+    parts: Sequence[str] | None = None,
+) -> Iterator[tuple[str, Any]]:
+    """(name, subtree) of each part; arguments and errors as `load_params`.
+
+    One part is read at a time, so host memory holds no more than that beside what the caller keeps.
+    """
+    manifest = read_manifest(path)
+    names = tuple(manifest.parts) if parts is None else parts
+    for name in names:
+        if name not in manifest.parts:
+            raise CheckpointError(
+                f"{path} has no part {name!r}; it has {', '.join(manifest.parts) or 'none'}"
+            )
+    folder = Path(path, fmt.PARAMS)
+    if folder.is_symlink():
+        raise CheckpointError(f"{folder} is a symbolic link; copy it with its links resolved")
+    for name in names:
+        part = manifest.parts[name]
+        arrays = _read_part(folder / name, name, part, verify=verify)
+        placed = {key: _place(key, array, shardings) for key, array in arrays.items()}
+        yield name, nest(_tensors(part, placed))[name]
+
+
+def _read_part(folder: Path, name: str, part: PartEntry, *, verify: bool) -> dict[str, np.ndarray]:
+    """Every array of a part on the host, by path, checked."""
+    check_part(folder, part, verify=verify)
+    entries = dict(part.arrays())
+    stored = {path: entry for path, entry in entries.items() if entry.nbytes}
+    arrays = _read_stored(folder, name, stored) if stored else {}
+    for path, entry in entries.items():
+        if not entry.nbytes:
+            arrays[path] = np.zeros(entry.shape, jnp.dtype(entry.dtype))
+    if verify:
+        in_threads(lambda path: _check_digest(path, arrays[path], entries[path]), entries)
+    for path, entry in part.tensors.items():
+        if isinstance(entry, QTensorEntry) and "order" in entry.fields:
+            _check_order(f"{path}/order", arrays[f"{path}/order"])
+    return {path: arrays[path] for path in entries}
+
+
+def _read_stored(
+    folder: Path, name: str, entries: Mapping[str, ArrayEntry]
+) -> dict[str, np.ndarray]:
+    target = {p: orbax_io.abstract(jnp.dtype(e.dtype), e.shape) for p, e in entries.items()}
+    try:
+        # Orbax would cast to the target's dtype without a word: compare before it can.
+        found = orbax_io.stored_arrays(folder)
+        _check_stored(folder, found, entries)
+        arrays = dict(tree.leaves(orbax_io.load_tree(folder, nest(target))))
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever Orbax, TensorStore or JSON make of damaged files
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"{folder}: part {name!r} cannot be read ({type(error).__name__}: {reason}): "
+            "it is damaged; copy it again"
+        ) from error
+    _check_stored(folder, {p: (a.dtype.name, a.shape) for p, a in arrays.items()}, entries)
+    return arrays
+
+
+def _check_stored(
+    folder: Path, found: Mapping[str, tuple[str, tuple[int, ...]]], wanted: Mapping[str, ArrayEntry]
+) -> None:
+    for path in wanted.keys() ^ found.keys():
+        has, lacks = ("manifest", "data") if path in wanted else ("data", "manifest")
+        raise CheckpointError(f"{path}: is in the {has} of {folder}, but not in its {lacks}")
+    for path, entry in wanted.items():
+        dtype, shape = found[path]
+        if (dtype, shape) != (entry.dtype, entry.shape):
+            raise CheckpointError(
+                f"{path}: the manifest says {entry.dtype}{list(entry.shape)}, "
+                f"but {dtype}{list(shape)} is stored: the checkpoint was tampered with or damaged"
+            )
+
+
+def _check_digest(path: str, array: np.ndarray, entry: ArrayEntry) -> None:
+    found = array_digest(array)
+    if found != entry.sha256:
+        raise CheckpointError(
+            f"{path}: sha256 of the stored data is {found}, but the manifest says {entry.sha256}: "
+            "the data is damaged; copy it again"
+        )
+
+
+def _check_order(path: str, order: np.ndarray) -> None:
+    expected = np.broadcast_to(np.arange(order.shape[-1], dtype=order.dtype), order.shape)
+    if not np.array_equal(np.sort(order, axis=-1), expected):
+        raise CheckpointError(f"{path}: is no permutation of 0 to {order.shape[-1] - 1}")
+
+
+def _place(path: str, array: np.ndarray, shardings: Shardings | None) -> jax.Array:
+    sharding = None if shardings is None else shardings(path, array.shape)
+    if sharding is None:
+        return jnp.asarray(array)
+    try:
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: shape {list(array.shape)} does not go with {sharding}: {error}"
+        ) from error
+
+
+def _tensors(part: PartEntry, arrays: Mapping[str, jax.Array]) -> dict[str, Any]:
+    return {
+        path: arrays[path] if isinstance(entry, ArrayEntry) else _qtensor(path, entry, arrays)
+        for path, entry in part.tensors.items()
+    }
+
+
+def _qtensor(path: str, entry: QTensorEntry, arrays: Mapping[str, jax.Array]) -> QTensor:
+    return QTensor(
+        codes=arrays[f"{path}/codes"],
+        scale=arrays[f"{path}/scale"],
+        zero_point=arrays.get(f"{path}/zero_point"),
+        order=arrays.get(f"{path}/order"),
+        input_scale=arrays.get(f"{path}/input_scale"),
+        spec=entry.spec,
+        k=entry.k,
+        n=entry.n,
+    )
