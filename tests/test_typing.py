@@ -86,7 +86,7 @@ def test_pytrees_hold_any_leaf(made_up):
 
 def test_the_package_is_checked():
     with pytest.raises(jaxtyping.TypeCheckError, match="packed_size"):
-        jq.packing.packed_size("eight", 4)  # pyright: ignore[reportArgumentType]
+        jq.packing.packed_size("eight", 4)
 
 
 def test_promotion_is_strict():
