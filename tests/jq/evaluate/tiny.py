@@ -1,6 +1,7 @@
 """A tiny model that speaks the blockwise protocol, and the same in NumPy float64."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -52,11 +53,21 @@ def make_params(seed=0, model=None, noise=0.0):
     def normal(*shape):
         return rng.normal(size=shape).astype(np.float32)
 
-    params = {"embed": normal(model.vocab, WIDTH), "head": normal(WIDTH, model.vocab)}
+    params: dict[str, Any] = {
+        "embed": normal(model.vocab, WIDTH),
+        "head": normal(WIDTH, model.vocab),
+    }
     for name in model.block_names:
         kernel = normal(WIDTH, WIDTH) + noise * other.normal(size=(WIDTH, WIDTH))
         params[name] = {"mix": {"kernel": jnp.asarray(kernel, jnp.float32)}}
     return params
+
+
+def compiled_programs(function: Any, run) -> int:
+    """How many programs a jitted function compiles during `run()`."""
+    function.clear_cache()
+    run()
+    return function._cache_size()
 
 
 def numpy_logits(model, params, tokens):
