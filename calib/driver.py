@@ -1,0 +1,436 @@
+"""The block-by-block driver: calibrate and quantize a model of any depth, one block at a time.
+
+The hidden states of the calibration set stay; one block's weights come in, its linears are
+quantized group by group on inputs that the already quantized ones make, and the block is handed out
+before the next comes in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jq import tree
+from jq.blockwise import BlockwiseModel, LinearGroup
+from jq.calib.report import BlockReport, LinearReport, Progress, ProgressCallback
+from jq.calib.scaling import choose_scale, sample, scales_input
+from jq.calib.stages import Stream, run_stage
+from jq.errors import CalibrationError, NonFiniteError, SpecError
+from jq.folding import fold
+from jq.group import GroupReport, round_group
+from jq.methods.gptq import GPTQ
+from jq.qtensor import QTensor
+from jq.recipe import Recipe, Rule, resolve, rounding_of
+from jq.spec import check_group_size
+from jq.statistics import InputStats, rescale
+
+
+class BlockSource(Protocol):
+    """Where weights come from, a block at a time (`jq.models.HFCheckpoint`, or `TreeSource`)."""
+
+    def block(self, name: str) -> Mapping[str, Any]:
+        """Parameters of one block."""
+        ...
+
+    def outer(self) -> Mapping[str, Any]:
+        """Parameters outside the blocks: embeddings, final norm, output head."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeSource:
+    """Parameters that are already in memory."""
+
+    params: Mapping[str, Any]
+    block_names: tuple[str, ...]
+
+    def block(self, name: str) -> Mapping[str, Any]:
+        """Parameters of one block."""
+        return self.params[name]
+
+    def outer(self) -> Mapping[str, Any]:
+        """Everything that is no block."""
+        return {k: v for k, v in self.params.items() if k not in self.block_names}
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedBlock:
+    """A finished block: its name, its parameters with QTensor leaves, and what happened."""
+
+    name: str
+    params: dict[str, Any]
+    report: BlockReport
+
+
+def quantize_model(
+    model: BlockwiseModel,
+    params: Mapping[str, Any],
+    recipe: Recipe,
+    tokens: np.ndarray | jax.Array | None = None,
+    *,
+    mask: np.ndarray | jax.Array | None = None,
+    batch_size: int = 1,
+    progress: ProgressCallback | None = None,
+) -> tuple[dict[str, Any], tuple[BlockReport, ...]]:
+    """Quantize parameters that fit in memory: (params with QTensor leaves, a report per block).
+
+    Arguments and errors are those of `quantize_blocks`.
+    """
+    source = TreeSource(params, model.block_names)
+    out, reports = dict(params), []
+    for block in quantize_blocks(
+        model, source, recipe, tokens, mask=mask, batch_size=batch_size, progress=progress
+    ):
+        out[block.name] = block.params
+        reports.append(block.report)
+    return out, tuple(reports)
+
+
+def quantize_blocks(
+    model: BlockwiseModel,
+    source: BlockSource,
+    recipe: Recipe,
+    tokens: np.ndarray | jax.Array | None = None,
+    *,
+    mask: np.ndarray | jax.Array | None = None,
+    batch_size: int = 1,
+    progress: ProgressCallback | None = None,
+) -> Iterator[QuantizedBlock]:
+    """Quantize a model block by block.
+
+    Args:
+      model: see `jq.blockwise`.
+      source: gives each block's parameters when its turn comes.
+      recipe: rules matched against "layers_0/attention/q_proj"; see `jq.recipe`.
+      tokens: int32 [samples, T], the calibration set; None where no method needs one.
+      mask: bool [samples, T], True for real tokens.
+      batch_size: samples run at a time; results do not depend on it.
+      progress: called after each group of linears.
+    Yields: the blocks in order, each as soon as it is finished.
+    Raises: SpecError when the recipe does not fit the model, CalibrationError when statistics are
+      needed and there are no usable tokens, NonFiniteError for NaN or infinite weights and
+      activations.
+    """
+    plan = {name: _rules(model.linear_groups, recipe, name) for name in model.block_names}
+    _check_recipe(recipe, plan)
+    calibrating = any(_needs_statistics(r) for rules in plan.values() for r in _flat(rules))
+    clock = _Clock(progress, len(model.block_names) * len(model.linear_groups))
+    stream = None
+    if calibrating:
+        stream = _first_stream(model, source, tokens, mask)
+    for name in model.block_names:
+        work = _BlockWork(model, name, plan[name], batch_size, clock)
+        block, stream = work.run(source.block(name), stream)
+        yield block
+
+
+Rules = tuple[tuple[Rule | None, ...], ...]
+
+
+def _rules(groups: Sequence[LinearGroup], recipe: Recipe, block: str) -> Rules:
+    return tuple(
+        tuple(resolve(recipe, f"{block}/{linear}") for linear in group.linears) for group in groups
+    )
+
+
+def _flat(rules: Rules) -> list[Rule]:
+    return [rule for group in rules for rule in group if rule is not None]
+
+
+def _needs_statistics(rule: Rule) -> bool:
+    assert rule.spec is not None and rule.method is not None
+    static = rule.spec.activation is not None and rule.spec.activation.static
+    return static or rule.method.needs_statistics or rounding_of(rule.method).needs_statistics
+
+
+def _check_recipe(recipe: Recipe, plan: Mapping[str, Rules]) -> None:
+    used = {id(rule) for rules in plan.values() for rule in _flat(rules)}
+    for rule in recipe:
+        if rule.spec is not None and id(rule) not in used:
+            raise SpecError(
+                f"rule {rule.pattern!r} decides about no linear of the model: linears are named "
+                f"like 'layers_0/attention/q_proj', and earlier rules come first"
+            )
+    if not used:
+        raise SpecError("the recipe quantizes nothing: no rule with a spec")
+
+
+def _first_stream(model: BlockwiseModel, source: BlockSource, tokens: Any, mask: Any) -> Stream:
+    if tokens is None:
+        raise CalibrationError(
+            "this recipe learns from calibration tokens and none were given; pass tokens, or use RTN"
+        )
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
+        raise CalibrationError(
+            f"calibration tokens must be integers [samples, T], not {tokens.dtype} {tokens.shape}"
+        )
+    if mask is not None and np.shape(mask) != tokens.shape:
+        raise CalibrationError(f"mask {np.shape(mask)} does not fit tokens {tokens.shape}")
+    outer = source.outer()
+    vocabulary = tree.get(outer, "embed/embedding").shape[0]
+    if tokens.min() < 0 or tokens.max() >= vocabulary:
+        raise CalibrationError(
+            f"calibration token ids {tokens.min()}..{tokens.max()} are not all in the model's vocabulary "
+            f"0..{vocabulary - 1}: were they made by this model's tokenizer?"
+        )
+    embed = {"embed": outer["embed"]}
+    x = jax.jit(model.embed)(embed, jnp.asarray(tokens, jnp.int32))
+    mask = None if mask is None else jnp.asarray(mask, bool)
+    return Stream(x, None, mask)
+
+
+class _Clock:
+    """Counts finished groups and reports them."""
+
+    def __init__(self, progress: ProgressCallback | None, total: int) -> None:
+        self.progress, self.total, self.done = progress, total, 0
+        self.start = time.perf_counter()
+
+    def tick(self, block: str, group: str, error: float | None) -> None:
+        self.done += 1
+        if self.progress is not None:
+            seconds = time.perf_counter() - self.start
+            self.progress(Progress(self.done, self.total, block, group, error, seconds))
+
+
+class _BlockWork:
+    """One block on its way from full precision to quantized."""
+
+    def __init__(
+        self, model: BlockwiseModel, name: str, rules: Rules, batch_size: int, clock: _Clock
+    ) -> None:
+        self.model, self.name, self.rules = model, name, rules
+        self.groups = model.linear_groups
+        self.kind = model.block_kind(name)
+        self.batch_size, self.clock = batch_size, clock
+        self.reports: list[LinearReport] = []
+
+    def run(
+        self, params: Mapping[str, Any], stream: Stream | None
+    ) -> tuple[QuantizedBlock, Stream | None]:
+        """Quantize the block; the returned stream is the next block's input."""
+        start = time.perf_counter()
+        self._check_weights(params)
+        dtypes = {path: leaf.dtype for path, leaf in tree.leaves(params)}
+        work = _kernels_in_float32(params)
+        if stream is None:
+            for index in range(len(self.groups)):
+                work = self._round(index, work, None, None)
+        else:
+            work, stream = self._calibrate(work, stream)
+        work = _restore_dtypes(work, dtypes)
+        jax.block_until_ready(work)
+        seconds = time.perf_counter() - start
+        report = BlockReport(self.name, tuple(self.reports), seconds)
+        return QuantizedBlock(self.name, work, report), stream
+
+    def _calibrate(self, params: Any, stream: Stream) -> tuple[Any, Stream]:
+        scales: dict[int, jax.Array] = {}
+        early: dict[int, InputStats] = {}
+        if self._scales_anything() or not self._sequential():
+            params, early, scales = self._full_precision_pass(params, stream)
+        last = len(self.groups)
+        for index in range(last):
+            collect = self._sequential() and self._calibrates(index)
+            stream, stats = self._stage(index, params, stream, collect)
+            if not self._sequential():
+                stats = early.get(index)
+            params = self._round(index, params, stats, scales.get(index))
+        stream, _ = self._stage(last, params, stream, False)
+        return params, stream
+
+    def _full_precision_pass(
+        self, params: Any, stream: Stream
+    ) -> tuple[Any, dict[int, InputStats], dict[int, jax.Array]]:
+        """Statistics of every group on this block's own weights; scales chosen and folded."""
+        stats_of, scales = {}, {}
+        for index, group in enumerate(self.groups):
+            stream, stats = self._stage(index, params, stream, True)
+            assert stats is not None
+            stats_of[index] = stats
+            method = self._scaling_method(index)
+            if method is None:
+                continue
+            scaling = choose_scale(
+                self.model,
+                self.kind,
+                index,
+                params,
+                sample(stream, method.search_tokens),
+                stats,
+                specs=tuple(None if r is None else r.spec for r in self.rules[index]),
+                method=method,
+            )
+            scales[index] = scaling
+        chosen = {}
+        for index, scaling in scales.items():
+            params, exact = fold(params, self.groups[index], scaling.scale)
+            stats_of[index] = rescale(stats_of[index], exact)
+            chosen[index] = scaling._replace(scale=exact)
+        return params, stats_of, chosen
+
+    def _scaling_method(self, index: int) -> Any:
+        methods = {rule.method for rule in self.rules[index] if rule is not None}
+        scaling = {m for m in methods if scales_input(m, self.groups[index])}
+        if len(scaling) > 1 or (scaling and methods != scaling):
+            raise SpecError(
+                f"{self.name}: {', '.join(self.groups[index].linears)} read the same input and are given "
+                f"different methods, {', '.join(map(str, methods))}: one scale must serve them all"
+            )
+        return next(iter(scaling), None)
+
+    def _scales_anything(self) -> bool:
+        return any(self._scaling_method(i) is not None for i in range(len(self.groups)))
+
+    def _sequential(self) -> bool:
+        roundings = [rounding_of(rule.method) for rule in _flat(self.rules)]
+        return all(r.true_sequential for r in roundings if isinstance(r, GPTQ))
+
+    def _calibrates(self, index: int) -> bool:
+        return any(_needs_statistics(rule) for rule in self.rules[index] if rule is not None)
+
+    def _stage(
+        self, index: int, params: Any, stream: Stream, collect: bool
+    ) -> tuple[Stream, InputStats | None]:
+        result = run_stage(
+            self.model,
+            self.kind,
+            index,
+            params,
+            stream,
+            collect=collect,
+            batch_size=self.batch_size,
+        )
+        finite = np.asarray(result.finite)
+        if not finite.all():
+            where = self.groups[index].name + "'s input" if index < len(self.groups) else "output"
+            raise NonFiniteError(
+                f"{self.name}: {where} is NaN or infinite for calibration sample "
+                f"{int(np.argmin(finite))} ({int((~finite).sum())} of {finite.size} samples); "
+                "nothing was quantized from it"
+            )
+        if collect:
+            self._check_statistics(index, result.stats, result.stream)
+        return result.stream, result.stats
+
+    def _check_statistics(self, index: int, stats: InputStats | None, stream: Stream) -> None:
+        assert stats is not None
+        fed = stream.x.shape[0] * stream.x.shape[1]
+        if stream.mask is not None:
+            fed = int(np.asarray(stream.mask).sum())
+        seen, trace = int(stats.count), float(jnp.trace(stats.gram))
+        path = f"{self.name}/{self.groups[index].linears[0]}"
+        if seen != fed or seen == 0:
+            raise CalibrationError(f"{path}: statistics saw {seen} tokens, but {fed} were fed")
+        if not trace > 0:
+            raise CalibrationError(
+                f"{path}: every calibration input is zero (trace of the Hessian {trace}); "
+                "is the model loaded, and the calibration text sensible?"
+            )
+
+    def _check_weights(self, params: Mapping[str, Any]) -> None:
+        for path, leaf in tree.leaves(params):
+            if isinstance(leaf, QTensor):
+                raise SpecError(f"{self.name}/{path}: already quantized ({leaf.spec.dtype})")
+            if not bool(jnp.all(jnp.isfinite(leaf))):
+                raise NonFiniteError(f"{self.name}/{path}: the weight has NaN or infinite entries")
+        for group, rules in zip(self.groups, self.rules, strict=True):
+            for linear, rule in zip(group.linears, rules, strict=True):
+                if rule is not None and rule.spec.granularity in ("group", "block"):
+                    k = tree.get(params, f"{linear}/kernel").shape[0]
+                    check_group_size(k, rule.spec.group_size, f"{self.name}/{linear}")
+
+    def _round(self, index: int, params: Any, stats: InputStats | None, scaling: Any) -> Any:
+        """Quantize the linears of a group, those with equal rules side by side."""
+        group, rules = self.groups[index], self.rules[index]
+        worst = None
+        for rule in dict.fromkeys(r for r in rules if r is not None):
+            linears = [n for n, r in zip(group.linears, rules, strict=True) if r == rule]
+            qtensors, report = round_group(
+                [tree.get(params, f"{n}/kernel") for n in linears],
+                stats,
+                rule.spec,
+                rounding_of(rule.method),
+                scale=None if scaling is None else scaling.scale,
+            )
+            for linear, qtensor in zip(linears, qtensors, strict=True):
+                params = tree.replace(params, f"{linear}/kernel", qtensor)
+            made = self._report(linears, qtensors, rule, report, stats, scaling)
+            self.reports += made
+            errors = [r.output_error for r in made if r.output_error is not None]
+            worst = max([*errors, worst or 0.0]) if errors else worst
+        self.clock.tick(self.name, group.name, worst)
+        return params
+
+    def _report(
+        self,
+        linears: Sequence[str],
+        qtensors: Sequence[QTensor],
+        rule: Rule,
+        report: GroupReport,
+        stats: InputStats | None,
+        scaling: Any,
+    ) -> list[LinearReport]:
+        report = jax.device_get(report)
+        tokens = 0 if stats is None else int(stats.count)
+        gptq = isinstance(rounding_of(rule.method), GPTQ)
+        choice = None if scaling is None else float(scaling.choice)
+        out = []
+        for i, (linear, w) in enumerate(zip(linears, qtensors, strict=True)):
+            warnings = _warnings(report, rule, tokens, w.k)
+            out.append(
+                LinearReport(
+                    path=f"{self.name}/{linear}",
+                    dtype=w.spec.dtype,
+                    bits_per_weight=w.nbytes * 8 / (w.k * w.n),
+                    method=str(rule.method),
+                    weight_error=float(report.weight_error[i]),
+                    output_error=_known(report.output_error[i]),
+                    rtn_output_error=_known(report.rtn_output_error[i]),
+                    damp_percent=float(report.damp) if gptq else None,
+                    scale_choice=_known(choice),
+                    tokens=tokens,
+                    warnings=warnings,
+                )
+            )
+        return out
+
+
+def _known(value: Any) -> float | None:
+    return None if value is None or np.isnan(value) else float(value)
+
+
+def _warnings(report: GroupReport, rule: Rule, tokens: int, k: int) -> tuple[str, ...]:
+    rounding = rounding_of(rule.method)
+    if not isinstance(rounding, GPTQ):
+        return ()
+    out = []
+    if tokens < k:
+        out.append(f"{tokens} calibration tokens cannot fill a Hessian of {k} inputs: use more")
+    if report.failed:
+        out.append("no damping made the Hessian positive definite: rounded to nearest")
+    elif float(report.damp) > rounding.damp_percent * 1.5:
+        out.append(f"damping raised from {rounding.damp_percent} to {float(report.damp):g}")
+    return tuple(out)
+
+
+def _kernels_in_float32(params: Mapping[str, Any]) -> dict[str, Any]:
+    out = dict(params)
+    for path, leaf in tree.leaves(params):
+        if path.endswith("/kernel"):
+            out = tree.replace(out, path, jnp.asarray(leaf, jnp.float32))
+    return out
+
+
+def _restore_dtypes(params: Any, dtypes: Mapping[str, Any]) -> Any:
+    for path, leaf in tree.leaves(params):
+        if not isinstance(leaf, QTensor) and leaf.dtype != dtypes[path]:
+            params = tree.replace(params, path, leaf.astype(dtypes[path]))
+    return params

@@ -1,0 +1,166 @@
+"""Choosing the scale of a group's input channels (AWQ, SmoothQuant) with the block around it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jq import tree
+from jq.blockwise import BlockwiseModel, LinearGroup
+from jq.calib.stages import Stream
+from jq.folding import shared_max, shared_mean
+from jq.methods import awq, smoothquant
+from jq.methods.awq import AWQ
+from jq.methods.smoothquant import SmoothQuant
+from jq.spec import QuantSpec
+from jq.statistics import InputStats
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+
+class Scaling(NamedTuple):
+    """scale: float32 [K], constant over channels that share one; choice: the exponent (NaN: no scaling)."""
+
+    scale: jax.Array
+    choice: jax.Array
+
+
+def scales_input(method: Any, group: LinearGroup) -> bool:
+    """Whether the method moves a scale between this group's weights and its input."""
+    if group.producer is None:
+        return False
+    match method:
+        case AWQ():
+            return True
+        case SmoothQuant():
+            return method.smooth == "all" or group.producer_kind == "norm"
+        case _:
+            return False
+
+
+def sample(stream: Stream, tokens: int) -> Stream:
+    """The first samples of the stream, about `tokens` tokens and at least one sample."""
+    count = max(1, tokens // stream.x.shape[1])
+    return jax.tree.map(lambda a: a[:count], stream)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "kind", "index", "specs", "method"))
+def choose_scale(
+    model: BlockwiseModel,
+    kind: Hashable,
+    index: int,
+    params: Any,
+    stream: Stream,
+    stats: InputStats,
+    *,
+    specs: tuple[QuantSpec | None, ...],
+    method: AWQ | SmoothQuant,
+) -> Scaling:
+    """The scale for group `index` of a block in full precision.
+
+    Args:
+      params: the block's parameters.
+      stream: sample of the group's input, as stage `index` gave it.
+      stats: statistics of that input over all tokens.
+      specs: format of each linear of the group; None where it stays in full precision.
+      method: with its options.
+    """
+    group = model.linear_groups[index]
+    weights = [tree.get(params, f"{linear}/kernel") for linear in group.linears]
+    quantized = [(w, spec) for w, spec in zip(weights, specs, strict=True) if spec is not None]
+    if isinstance(method, SmoothQuant):
+        return _smooth(group, quantized, stream, stats, method)
+    magnitude = None
+    if method.duo_scaling:
+        parts = [awq.weight_magnitude([w], spec) * w.shape[1] for w, spec in quantized]
+        magnitude = shared_mean(sum(parts) / sum(w.shape[1] for w, _ in quantized), group)
+    abs_mean = shared_mean(stats.abs_mean, group)
+    if not method.search_scale:
+        scale = awq.scale_of(method.exponent, abs_mean, magnitude)
+        return Scaling(scale, jnp.float32(method.exponent))
+    loss = _block_part_loss(model, kind, index, params, stream, specs)
+    if loss is None:
+        losses = [awq.gram_loss([w], stats.gram, spec) for w, spec in quantized]
+
+        def loss(scale):
+            return sum(part(scale) for part in losses)
+
+    scale, _, best = awq.search_scale(abs_mean, magnitude, loss, method.n_grid)
+    return Scaling(scale, jnp.where(best == 0, jnp.nan, (best - 1) / method.n_grid))
+
+
+def _smooth(group, quantized, stream, stats, method) -> Scaling:
+    weights = [w for w, _ in quantized]
+    x_max = shared_max(stats.abs_max, group)
+    w_max = shared_max(smoothquant.weight_max(weights), group)
+    if method.alpha != "auto":
+        scale = smoothquant.smoothing_scale(method.alpha, x_max, w_max)
+        return Scaling(scale, jnp.float32(method.alpha))
+    x = stream.x.reshape(-1, stream.x.shape[-1])
+    if stream.mask is not None:
+        x = jnp.where(stream.mask.reshape(-1, 1), x, jnp.zeros((), x.dtype))
+    losses = [smoothquant.output_loss([w], x, spec) for w, spec in quantized]
+    scale, alpha, _ = smoothquant.search_alpha(
+        x_max, w_max, lambda scale: sum(part(scale) for part in losses)
+    )
+    return Scaling(scale, alpha)
+
+
+def _block_part_loss(
+    model: BlockwiseModel,
+    kind: Hashable,
+    index: int,
+    params: Any,
+    stream: Stream,
+    specs: Sequence[QuantSpec | None],
+) -> Callable[[jax.Array], jax.Array] | None:
+    """Squared error of the attention's or the MLP's output when this group is rounded: the error of the next
+    group's input, seen through the next group's weights.
+
+    None for a group of one linear, whose output error the Gram matrix gives exactly and over all
+    tokens.
+    """
+    groups = model.linear_groups
+    if len(groups[index].linears) == 1 or index + 1 == len(groups):
+        return None
+    paths = [f"{linear}/kernel" for linear in groups[index].linears]
+    weights = [tree.get(params, path) for path in paths]
+    following = [tree.get(params, f"{linear}/kernel") for linear in groups[index + 1].linears]
+    following = jnp.concatenate([w.astype(jnp.float32) for w in following], axis=1)
+
+    def outputs(kernels: Sequence[jax.Array]) -> Callable[[Stream], jax.Array]:
+        changed = params
+        for path, kernel in zip(paths, kernels, strict=True):
+            changed = tree.replace(changed, path, kernel)
+
+        def run(part: Stream) -> jax.Array:
+            one = jax.tree.map(lambda a: a[None], part)
+            x, _ = model.block_stage(kind, index + 1, changed, one.x, one.carry, one.mask)
+            x = x[0].astype(jnp.float32)
+            return x if part.mask is None else jnp.where(part.mask[:, None], x, 0.0)
+
+        return run
+
+    targets = lax.map(outputs(weights), stream)
+
+    def loss(scale: Float[Array, "K"]) -> jax.Array:
+        kernels = [
+            w if spec is None else awq.effective_weight(w, scale, spec)
+            for w, spec in zip(weights, specs, strict=True)
+        ]
+        run = outputs(kernels)
+
+        def add(total, part):
+            target, inputs = part
+            return total + jnp.sum(jnp.square((run(inputs) - target) @ following)), None
+
+        total, _ = lax.scan(add, jnp.float32(0), (targets, stream))
+        return total
+
+    return loss

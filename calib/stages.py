@@ -1,0 +1,97 @@
+"""Running one stage of a block over all calibration samples, in one compiled program."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jq import statistics
+from jq.blockwise import BlockwiseModel
+from jq.qtensor import QTensor
+from jq.statistics import InputStats
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float
+
+
+class Stream(NamedTuple):
+    """The calibration set on its way through a block.
+
+    x: [samples, T, K], the input of the next group of linears.
+    carry: whatever the stages hand on, leading axis samples.
+    mask: bool [samples, T], True for real tokens; None when all are.
+    """
+
+    x: jax.Array
+    carry: Any
+    mask: jax.Array | None
+
+
+class StageResult(NamedTuple):
+    """A stage's outputs, the statistics of `stream.x` where asked for, and which samples are finite."""
+
+    stream: Stream
+    stats: InputStats | None
+    finite: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("model", "kind", "index", "collect", "batch_size"))
+def run_stage(
+    model: BlockwiseModel,
+    kind: Hashable,
+    index: int,
+    params: Any,
+    stream: Stream,
+    *,
+    collect: bool,
+    batch_size: int,
+) -> StageResult:
+    """Run stage `index` on every sample, `batch_size` at a time.
+
+    Statistics are added sample by sample, so the batch size changes neither their order nor their
+    sums. Quantized weights without 8-bit activations are dequantized once per call, not once per
+    sample.
+    """
+    params = dequantized(params, stream.x.dtype)
+    samples = stream.x.shape[0]
+    batch = max(b for b in range(1, min(batch_size, samples) + 1) if samples % b == 0)
+    batches = jax.tree.map(lambda a: a.reshape(-1, batch, *a.shape[1:]), stream)
+
+    def step(stats, part: Stream):
+        x, carry = model.block_stage(kind, index, params, part.x, part.carry, part.mask)
+        if stats is not None:
+            for i in range(batch):
+                stats = statistics.update(stats, x[i], None if part.mask is None else part.mask[i])
+        return stats, (x, carry, _finite(x, part.mask))
+
+    stats = None
+    if collect:
+        x, _ = jax.eval_shape(
+            lambda part: model.block_stage(kind, index, params, part.x, part.carry, part.mask),
+            jax.tree.map(lambda a: a[0], batches),
+        )
+        stats = statistics.init(x.shape[-1])
+    stats, outputs = lax.scan(step, stats, batches)
+    x, carry, finite = jax.tree.map(lambda a: a.reshape(samples, *a.shape[2:]), outputs)
+    return StageResult(Stream(x, carry, stream.mask), stats, finite)
+
+
+def _finite(x: Float[Array, "B T K"], mask: Bool[Array, "B T"] | None) -> Bool[Array, "B"]:
+    finite = jnp.all(jnp.isfinite(x), axis=-1)
+    return jnp.all(finite if mask is None else finite | ~mask, axis=-1)
+
+
+def dequantized(params: Any, dtype: Any) -> Any:
+    """Parameters with weight-only QTensors as plain arrays; those with 8-bit activations stay."""
+
+    def plain(leaf):
+        if isinstance(leaf, QTensor) and leaf.spec.activation is None:
+            return leaf.dequantize(dtype)
+        return leaf
+
+    return jax.tree.map(plain, params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
