@@ -73,8 +73,8 @@ def positions_of(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
 
 def make_places(
     shape: tuple[int, int],
-    positions: jax.Array | None = None,
-    mask: jax.Array | None = None,
+    positions: Int[Array | np.ndarray, "B T"] | None = None,
+    mask: Bool[Array | np.ndarray, "B T"] | None = None,
     cache: KVCache | None = None,
 ) -> Places:
     """Places of `[B, T]` new tokens, after those of the cache where there is one.
@@ -84,14 +84,13 @@ def make_places(
         positions: int32 `[B, T]`; counted from the mask and the cache when None.
         mask: bool `[B, T]`, True for real tokens; all when None.
     """
-    if mask is None:
-        mask = jnp.ones(shape, bool)
+    mask = jnp.ones(shape, bool) if mask is None else jnp.asarray(mask)
     if positions is None:
         positions = positions_of(mask)
         if cache is not None:
             seen = jnp.sum(cache.positions != EMPTY, axis=-1, keepdims=True, dtype=jnp.int32)
             positions = positions + jnp.broadcast_to(seen, shape)
-    positions = positions.astype(jnp.int32)
+    positions = jnp.asarray(positions, jnp.int32)
     keys = jnp.where(mask, positions, EMPTY)
     if cache is not None:
         keys = jax.lax.dynamic_update_slice(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jq.blockwise import LinearGroup
 from jq.errors import ModelError
@@ -25,7 +26,7 @@ from jq.models.config import ModelConfig
 from jq.models.layers import MLP, Embed, Linear, RMSNorm
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
+    from jaxtyping import Array, Bool, Float, Int
 
 NUM_STAGES = 5
 
@@ -91,11 +92,11 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(
         self,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"] | None = None,
-        mask: Any = None,
+        tokens: Int[Array | np.ndarray, "B T"],
+        positions: Int[Array | np.ndarray, "B T"] | None = None,
+        mask: Bool[Array | np.ndarray, "B T"] | None = None,
         cache: KVCache | None = None,
-        at: Int[Array, " B"] | None = None,
+        at: Int[Array | np.ndarray, " B"] | None = None,
     ) -> Any:
         """Logits of every token, or of one per row.
 
@@ -160,7 +161,7 @@ class Decoder(nn.Module):
             raise ModelError(f"no block {name!r}; blocks are layers_0 to {self.block_names[-1]}")
         return self.config.layer_windows[int(name.removeprefix("layers_"))]
 
-    def embed(self, params: Mapping[str, Any], tokens: Int[Array, "B T"]) -> jax.Array:
+    def embed(self, params: Mapping[str, Any], tokens: Int[Array | np.ndarray, "B T"]) -> jax.Array:
         """Tokens -> the first block's input `[B, T, D]`, in the model's dtype."""
         return self._embedding(parent=None).apply({"params": params["embed"]}, tokens)
 
@@ -171,7 +172,7 @@ class Decoder(nn.Module):
         params: Mapping[str, Any],
         x: jax.Array,
         carry: Any,
-        mask: jax.Array | None = None,
+        mask: Bool[Array | np.ndarray, "B T"] | None = None,
     ) -> tuple[jax.Array, Any]:
         """One stage of a block of this kind, with its own parameters (see `jq.blockwise`)."""
         places = make_places(x.shape[:2], mask=mask)

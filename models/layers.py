@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jq.matmul import qmatmul
 from jq.models.config import ModelConfig
@@ -62,8 +63,8 @@ class Embed(nn.Module):
         shape = (self.vocab_size, self.features)
         self.embedding = self.param("embedding", init, shape, self.param_dtype)
 
-    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+    def __call__(self, tokens: Int[Array | np.ndarray, "B T"]) -> Float[Array, "B T D"]:
+        return jnp.take(self.embedding, jnp.asarray(tokens), axis=0).astype(self.dtype)
 
     def attend(self, h: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """h @ embedding.T, accumulated in float32."""

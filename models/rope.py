@@ -113,7 +113,8 @@ def rotary_tables(
     if rope.kind == "dynamic":
         angles = place * _dynamic_frequencies(rope, head_dim, positions)
     else:
-        angles = place * jnp.asarray(inverse_frequencies(rope, head_dim), jnp.float32)
+        frequencies = jnp.asarray(inverse_frequencies(rope, head_dim), jnp.float32)
+        angles = place * frequencies[None, None]
     scale = attention_scaling(rope)
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
@@ -163,4 +164,4 @@ def _dynamic_frequencies(rope: RopeConfig, head_dim: int, positions: jax.Array) 
     growth = rope.factor * length / context - (rope.factor - 1)
     exponent = np.arange(0, head_dim, 2) / head_dim
     log_theta = math.log(rope.theta) + jnp.log(growth) * (head_dim / (head_dim - 2))
-    return jnp.exp(-log_theta[..., None] * jnp.asarray(exponent, jnp.float32))
+    return jnp.exp(-log_theta[..., None] * jnp.asarray(exponent, jnp.float32)[None, None])
