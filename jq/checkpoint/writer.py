@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from jq import tree
 from jq.checkpoint import files as fs
 from jq.checkpoint import format as fmt
 from jq.checkpoint import orbax_io
@@ -111,10 +110,10 @@ class CheckpointWriter:
         if name in self._parts:
             raise CheckpointError(f"part {name!r} was written already")
         arrays: dict[str, np.ndarray] = {}
-        tensors: dict[str, Any] = {}
-        for path, leaf in tree.leaves({name: subtree}):
+        tensors: dict[str, QTensor | None] = {}
+        for path, leaf in _leaves("", name, subtree):
             tensors[path] = _add_leaf(path, leaf, arrays)
-        _check_names(name, subtree, tensors, arrays)
+        _check_stored_names(arrays)
         digests = dict(zip(arrays, in_threads(array_digest, arrays.values()), strict=True))
         entries = {path: _entry(path, arrays, digests, static) for path, static in tensors.items()}
         self._parts[name] = PartEntry(entries, self._save(partial, name, arrays))
@@ -225,32 +224,33 @@ def _host_array(path: str, leaf: Any) -> np.ndarray:
     return array
 
 
-def _check_names(
-    part: str, subtree: Any, tensors: Mapping[str, Any], arrays: Mapping[str, Any]
-) -> None:
-    for path in tensors:
-        if not all(fmt.safe_name(key) for key in path.split("/")):
-            raise CheckpointError(
-                f"{path!r}: keys of a checkpoint are letters, digits and _ . + -, and do not start "
-                "with a dot: rename it"
-            )
-    for path in _empty_dicts(part, subtree):
-        raise CheckpointError(f"{path}: an empty dict would be lost: leave it out")
-    folders: dict[str, str] = {}
-    for path in arrays:
-        other = folders.setdefault(fmt.stored_name(path), path)
-        if other != path:
-            raise CheckpointError(f"{path} and {other} would share a folder: rename one of them")
-        if len(fmt.stored_name(path)) > 255:
-            raise CheckpointError(f"{path}: longer than the 255 bytes of a file name: shorten it")
-
-
-def _empty_dicts(path: str, node: Any) -> list[str]:
+def _leaves(parent: str, key: Any, node: Any) -> Iterator[tuple[str, Any]]:
+    """(path, leaf) pairs in order, with every key checked on the way."""
+    if not isinstance(key, str) or not fmt.safe_name(key):
+        raise CheckpointError(
+            f"key {key!r} under {parent or 'the root'!r}: keys of a checkpoint are letters, digits "
+            "and _ . + -, and do not start with a sign: rename it"
+        )
+    path = f"{parent}/{key}" if parent else key
     if not isinstance(node, Mapping):
-        return []
-    if not node:
-        return [path]
-    return [found for key, item in node.items() for found in _empty_dicts(f"{path}/{key}", item)]
+        yield path, node
+    elif node:
+        for name, item in node.items():
+            yield from _leaves(path, name, item)
+    else:
+        raise CheckpointError(f"{path}: an empty dict would be lost: leave it out")
+
+
+def _check_stored_names(paths: Iterable[str]) -> None:
+    owners: dict[str, str] = {}
+    for path in paths:
+        folder = fmt.stored_name(path)
+        if owners.setdefault(folder, path) != path:
+            raise CheckpointError(
+                f"{path} and {owners[folder]} would share a folder: rename one of them"
+            )
+        if len(folder) > 255:
+            raise CheckpointError(f"{path}: longer than the 255 bytes of a file name: shorten it")
 
 
 def _entry(
