@@ -68,6 +68,11 @@ class QTensorEntry:
     n: int
     fields: Mapping[str, ArrayEntry]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape [..., K, N]."""
+        return (*self.fields["codes"].shape[:-2], self.k, self.n)
+
 
 @dataclasses.dataclass(frozen=True)
 class FileEntry:

@@ -110,7 +110,7 @@ def iter_parts(
     for name in names:
         part = manifest.parts[name]
         arrays = _read_part(folder / name, name, part, verify=verify)
-        placed = {key: _place(key, array, shardings) for key, array in arrays.items()}
+        placed = {key: place_array(key, array, shardings) for key, array in arrays.items()}
         yield name, nest(_tensors(part, placed))[name]
 
 
@@ -182,7 +182,8 @@ def _check_order(path: str, order: np.ndarray) -> None:
         raise CheckpointError(f"{path}: is no permutation of 0 to {order.shape[-1] - 1}")
 
 
-def _place(path: str, array: np.ndarray, shardings: Shardings | None) -> jax.Array:
+def place_array(path: str, array: np.ndarray, shardings: Shardings | None) -> jax.Array:
+    """The array on the devices that `shardings` says, or whole on the default device."""
     sharding = None if shardings is None else shardings(path, array.shape)
     if sharding is None:
         return jnp.asarray(array)
