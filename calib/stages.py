@@ -78,6 +78,8 @@ def run_stage(
         stats = statistics.init(x.shape[-1])
     stats, outputs = lax.scan(step, stats, batches)
     x, carry, finite = jax.tree.map(lambda a: a.reshape(samples, *a.shape[2:]), outputs)
+    if stats is not None:
+        stats = statistics.finish(stats)
     return StageResult(Stream(x, carry, stream.mask), stats, finite)
 
 

@@ -17,9 +17,12 @@ from jq.models.rope import rotary_tables, rotate
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
 
-# Longer query sequences are processed in chunks, so that the scores' memory grows as T, not T^2.
-QUERY_CHUNK = 512
-MAX_UNCHUNKED = 1024
+# Queries and keys in the same slots are cut into CAUSAL_PIECES pieces of at least SMALLEST_PIECE
+# queries, each of which reads only the keys up to its own end.  No more than MAX_QUERIES are
+# processed at a time, so that the scores' memory grows as T, not T^2.
+CAUSAL_PIECES = 4
+SMALLEST_PIECE = 64
+MAX_QUERIES = 512
 
 # Finite, so that a row that sees nothing (all padding) gives numbers and not NaN.
 _HIDDEN = -1e30
@@ -42,42 +45,86 @@ def attend(
     places: Places,
     window: int | None = None,
 ) -> Float[Array, "B T H hd"]:
-    """softmax(q k^T / sqrt(hd)) v, scores in float32; query head h reads key head h // (H/KV)."""
-    length = q.shape[1]
-    if length <= MAX_UNCHUNKED:
-        return _attend(q, places.queries, k, v, places.keys, window)
-    chunks = -(-length // QUERY_CHUNK)
-    pad = chunks * QUERY_CHUNK - length
+    """softmax(q k^T / sqrt(hd)) v with float32 scores.
 
-    def split(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], chunks, QUERY_CHUNK, *x.shape[2:]), 1, 0)
-
-    def one(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return _attend(*chunk, k, v, places.keys, window)
-
-    out = jnp.moveaxis(jax.lax.map(one, (split(q), split(places.queries))), 0, 1)
-    return out.reshape(q.shape[0], -1, *q.shape[2:])[:, :length]
+    Query head h reads key head h // (H / KV).  Where S = T, queries and keys are the same tokens,
+    and positions must not decrease along a row (padding aside).
+    """
+    heads = _by_head(q, k, v)
+    length, slots = q.shape[1], k.shape[1]
+    piece = max(-(-length // CAUSAL_PIECES), SMALLEST_PIECE)
+    if length == slots and piece <= MAX_QUERIES:
+        out = _attend_causal_pieces(*heads, places, window, piece)
+    else:
+        out = _attend_mapped(*heads, places, window)
+    return jnp.moveaxis(out, 3, 1).astype(q.dtype).reshape(q.shape)
 
 
-def _attend(
-    q: jax.Array,
-    queries: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    keys: jax.Array,
-    window: int | None,
-) -> jax.Array:
+def _by_head(
+    q: Float[Array, "B T H hd"], k: Float[Array, "B S KV hd"], v: Float[Array, "B S KV hd"]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries `[B, KV, G, T, hd]`, keys `[B, KV, hd, S]` and values `[B, KV, S, hd]`.
+
+    Heads outermost: every product is then a plain matrix product per head, which is what CPUs and
+    GPUs are fast at.
+    """
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(
-        visible(queries, keys, window)[:, None, None], scores * head_dim**-0.5, _HIDDEN
+    return grouped.transpose(0, 2, 3, 1, 4), k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+
+
+def _attend_causal_pieces(
+    q: jax.Array, k: jax.Array, v: jax.Array, places: Places, window: int | None, piece: int
+) -> jax.Array:
+    """Queries piece by piece, each with the keys up to its end only."""
+    length = q.shape[3]
+    out = []
+    for start in range(0, length, piece):
+        end = min(start + piece, length)
+        seen = visible(places.queries[:, start:end], places.keys[:, :end], window)
+        out.append(_attend(q[..., start:end, :], k[..., :end], v[..., :end, :], seen))
+    return jnp.concatenate(out, axis=3)
+
+
+def _attend_mapped(
+    q: jax.Array, k: jax.Array, v: jax.Array, places: Places, window: int | None
+) -> jax.Array:
+    """All keys for every query, at most MAX_QUERIES queries at a time."""
+    length = q.shape[3]
+    size = min(length, MAX_QUERIES)
+    chunks = -(-length // size)
+    pad = chunks * size - length
+    q = jnp.pad(q, [(0, 0)] * 3 + [(0, pad), (0, 0)])
+    queries = jnp.pad(places.queries, [(0, 0), (0, pad)])
+
+    def one(start: Any) -> jax.Array:
+        rows = jax.lax.dynamic_slice_in_dim(queries, start, size, axis=1)
+        seen = visible(rows, places.keys, window)
+        return _attend(jax.lax.dynamic_slice_in_dim(q, start, size, axis=3), k, v, seen)
+
+    if chunks == 1:
+        return one(0)
+    # [chunks, B, KV, G, size, hd], as lax.map stacks them
+    out = jnp.moveaxis(jax.lax.map(one, jnp.arange(chunks) * size), 0, 3)
+    return out.reshape(q.shape)[..., :length, :]
+
+
+def _attend(
+    q: Float[Array, "B KV G T hd"],
+    k: Float[Array, "B KV hd S"],
+    v: Float[Array, "B KV S hd"],
+    seen: Bool[Array, "B T S"],
+) -> Float[Array, "B KV G T hd"]:
+    """Float32; normalised after the sum over keys, where the array is the smaller one."""
+    scores = jnp.einsum("bkgtd,bkds->bkgts", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(seen[:, None, None], scores * q.shape[-1] ** -0.5, _HIDDEN)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    total = weights.sum(axis=-1, keepdims=True)
+    out = jnp.einsum(
+        "bkgts,bksd->bkgtd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
     )
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bkgts,bskd->btkgd", weights, v, preferred_element_type=jnp.float32)
-    return out.astype(q.dtype).reshape(q.shape)
+    return out / total
 
 
 class Attention(nn.Module):

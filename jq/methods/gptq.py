@@ -28,12 +28,15 @@ from jax import lax
 
 from jq import grid
 from jq.errors import SpecError
-from jq.methods.rtn import Clip, rtn_quantize, weight_range
+from jq.methods.rtn import Clip, weight_range
 from jq.methods.solution import Solution
 from jq.spec import QuantSpec
 
 # A factorisation that fails is tried again with ten times the damping, this often.
 MAX_DAMPING_TRIES = 6
+
+# GPUs would cut float32 operands to TF32 by default, and codes with them.
+_dot = functools.partial(lax.dot, precision=lax.Precision.HIGHEST)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,10 +120,6 @@ def gptq_quantize(
         solution, residual = _solve_dynamic(rows, unit, permuted, spec, config)
     loss = jnp.sum(jnp.square(jnp.diagonal(root)[:, None] * residual))
     solution = _restore_rows(solution, order, group_order, spec, config)
-    fallback = rtn_quantize(w, spec, config.clip, gram)
-    if solution.order is not None:
-        fallback = _identity_order(fallback)
-    solution = jax.tree.map(lambda good, plain: jnp.where(failed, plain, good), solution, fallback)
     return solution, GPTQInfo(loss, damp, failed)
 
 
@@ -141,9 +140,12 @@ def _processing_order(
 
 
 def _damped_root(gram: jax.Array, damp_percent: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """R upper triangular with H + damping = R R'.  JAX's Cholesky reports failure as NaN only: check, and retry.
+    """R upper triangular with H + damping = R R'.
 
-    Returns the damping fraction, R (the identity if every try failed) and whether all failed.
+    JAX's Cholesky reports failure as NaN only: check, and try again with more damping.  If every try
+    fails R is the identity, with which nothing is compensated: rounding to nearest.
+
+    Returns the damping fraction, R, and whether all tries failed.
     """
     mean = jnp.mean(jnp.diagonal(gram))
     # Where no input is ever alive, any positive diagonal will do.
@@ -159,16 +161,15 @@ def _damped_root(gram: jax.Array, damp_percent: float) -> tuple[jax.Array, jax.A
     def bad(root):
         return ~jnp.all(jnp.isfinite(root)) | jnp.any(jnp.diagonal(root) <= 0)
 
-    def retry(state):
+    def attempt(state):
         tries, damp, _ = state
-        damp = jnp.maximum(damp * 10, 1e-4)
+        damp = jnp.where(tries == 0, damp, jnp.maximum(damp * 10, 1e-4))
         return tries + 1, damp, factor(damp)
 
-    start = jnp.float32(damp_percent)
-    state = lax.while_loop(
-        lambda s: (s[0] < MAX_DAMPING_TRIES) & bad(s[2]), retry, (0, start, factor(start))
+    start = (0, jnp.float32(damp_percent), jnp.full_like(gram, jnp.nan))
+    _, damp, root = lax.while_loop(
+        lambda state: (state[0] <= MAX_DAMPING_TRIES) & bad(state[2]), attempt, start
     )
-    _, damp, root = state
     failed = bad(root)
     return damp, jnp.where(failed, eye, jnp.triu(root)), failed
 
@@ -178,7 +179,7 @@ def _largest_divisor(size: int, limit: int) -> int:
 
 
 def _solve_dynamic(w, unit, gram, spec, config):
-    """Groups are runs of consecutive rows of `w`; each group's range comes from its compensated weights."""
+    """Groups are runs of consecutive rows of `w`, their ranges those of the compensated weights."""
     k, n = w.shape
     groups = spec.num_groups(k)
     size = k // groups
@@ -189,7 +190,7 @@ def _solve_dynamic(w, unit, gram, spec, config):
         if groups > 1:
             u = lax.dynamic_slice_in_dim(unit, start, size, axis=1)
             triangle = lax.dynamic_slice_in_dim(u, start, size)
-            pull = lax.dot(u.T, errors)
+            pull = _dot(u.T, errors)
             rows_now = rows + lax.linalg.triangular_solve(
                 triangle, pull, left_side=True, lower=False, transpose_a=True, unit_diagonal=True
             )
@@ -209,7 +210,7 @@ def _solve_dynamic(w, unit, gram, spec, config):
 
 
 def _solve_static(w, original, order, unit, gram, spec, config):
-    """Groups are runs of rows of the original weight; their ranges are fixed before anything is rounded."""
+    """Groups are runs of rows of the original weight, their ranges fixed before any rounding."""
     k, n = w.shape
     lo, hi = weight_range(grid.split_groups(original, spec), spec, config.clip, gram)
     scale, zero = (a[:, 0] for a in grid.scale_and_zero(lo, hi, spec))
@@ -237,12 +238,12 @@ def _round_rows(errors, w, unit, start, count, row_grid, spec, config):
         rows = lax.dynamic_slice_in_dim(w, first, size)
         u = lax.dynamic_slice_in_dim(unit, first, size, axis=1)
         within = lax.dynamic_slice_in_dim(u, first, size)
-        pulled = rows + lax.dot(u.T, errors)
+        pulled = rows + _dot(u.T, errors)
 
         def row(i, state):
             new, codes, residual = state
             scale, zero = row_grid(first + i)
-            target = pulled[i] + within[:, i] @ new
+            target = pulled[i] + _dot(within[:, i], new)
             code = grid.encode(target, scale, zero, spec)
             value = grid.decode(code, scale, zero, spec)
             return (
@@ -275,7 +276,3 @@ def _restore_rows(solution, order, group_order, spec, config):
         return solution._replace(codes=codes)
     back = jnp.argsort(group_order)
     return Solution(codes, solution.scale[back], solution.zero[back])
-
-
-def _identity_order(solution: Solution) -> Solution:
-    return solution._replace(order=jnp.arange(solution.codes.shape[0], dtype=jnp.int32))

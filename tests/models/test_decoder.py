@@ -7,10 +7,10 @@ import pytest
 
 from jq import tree
 from jq.models import attention
-from jq.models.cache import init_cache
+from jq.models.cache import init_cache, make_places
 from jq.models.decoder import Decoder
 from tests.models import checkpoints
-from tests.models.running import TOKENS, VARIED, forward, relative_error
+from tests.models.running import TOKENS, forward, relative_error
 from tests.oracles.decoder import decoder_logits
 
 
@@ -82,13 +82,24 @@ def test_explicit_positions_are_used(load):
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_long_queries_are_chunked_to_the_same_result(monkeypatch, load, window):
-    model, params, _, _ = load("mistral-window" if window else "llama3")
-    whole = forward(model, params, TOKENS)
-    monkeypatch.setattr(attention, "MAX_UNCHUNKED", 6)
-    monkeypatch.setattr(attention, "QUERY_CHUNK", 4)  # 14 tokens: a part-filled last chunk
-    chunked = forward(model, params, TOKENS)
-    assert relative_error(chunked, np.asarray(whole, np.float64)) < 1e-5
+@pytest.mark.parametrize("limits", [(4, 1, 512), (4, 1, 3), (4, 1, 1)])
+def test_attention_in_pieces_is_the_same(monkeypatch, window, limits):
+    """14 queries: four causal pieces, then mapped in five chunks, then one by one."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(0, 1, (2, 14, h, 6)), jnp.float32) for h in (4, 2, 2))
+    mask = np.ones((2, 14), bool)
+    mask[0, :3] = mask[1, 9:] = False
+    places = make_places((2, 14), mask=mask)
+    whole = np.asarray(attention.attend(q, k, v, places, window))
+    names = ("CAUSAL_PIECES", "SMALLEST_PIECE", "MAX_QUERIES")
+    for name, value in zip(names, limits, strict=True):
+        monkeypatch.setattr(attention, name, value)
+    calls = []
+    original = attention._attend
+    monkeypatch.setattr(attention, "_attend", lambda *a: calls.append(a) or original(*a))
+    pieces = np.asarray(attention.attend(q, k, v, places, window))
+    np.testing.assert_allclose(pieces[mask], whole[mask], rtol=0, atol=2e-6)
+    assert len(calls) == (4 if limits[2] == 512 else 1)  # lax.map traces once
 
 
 def test_bfloat16_parameters_and_activations(load):
@@ -105,12 +116,16 @@ def test_bfloat16_parameters_and_activations(load):
     assert 1e-4 < np.std(error) / np.std(want) < 0.05
 
 
-@pytest.mark.parametrize("name", VARIED)
+@pytest.mark.parametrize("name", ["llama-bias-gelu", "qwen2", "qwen3"])
 def test_init_makes_the_tree_that_checkpoints_have(load, name):
     model, params, _, _ = load(name)
     made = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
     shapes = {path: leaf.shape for path, leaf in tree.leaves(made["params"])}
     assert shapes == {path: leaf.shape for path, leaf in tree.leaves(params)}
+
+
+def test_init_makes_parameters_of_param_dtype(load):
+    model, _, _, _ = load("llama3", layers=1)
     half = Decoder(model.config, param_dtype=jnp.bfloat16)
     made = jax.eval_shape(lambda: half.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
     assert {leaf.dtype for _, leaf in tree.leaves(made["params"])} == {jnp.dtype(jnp.bfloat16)}
