@@ -5,7 +5,6 @@ Only data is read: `auto_map` and other references to code are ignored, and neve
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +12,9 @@ from typing import Any
 
 from jq.errors import ModelError
 from jq.models.families import FAMILIES, Family, family
-from jq.models.rope import ROPE_KINDS, RopeConfig
+from jq.models.hf_rope import rope_from_hf, rope_to_hf
+from jq.models.hf_values import flag, integer, number, read_json, token_ids
+from jq.models.rope import RopeConfig
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu")
 
@@ -98,37 +99,37 @@ class ModelConfig:
         # `"sliding_window": null` says "no window"; a missing key says "the family's default".
         if "sliding_window" in raw:
             values["sliding_window"] = raw["sliding_window"]
-        sizes = {key: _integer(values, key) for key in _REQUIRED}
+        sizes = {key: integer(values, key) for key in _REQUIRED}
         heads = sizes["num_attention_heads"]
         if "head_dim" not in values and sizes["hidden_size"] % max(heads, 1):
             raise ModelError(
                 f"config.json: hidden_size {sizes['hidden_size']} is not a multiple of "
                 f"num_attention_heads {heads}, and there is no head_dim"
             )
-        max_positions = _integer(values, "max_position_embeddings")
+        max_positions = integer(values, "max_position_embeddings")
         return cls(
             model_type=raw["model_type"],
             **sizes,
-            num_key_value_heads=_integer(
+            num_key_value_heads=integer(
                 {"num_key_value_heads": heads} | values, "num_key_value_heads"
             ),
-            head_dim=_integer(
+            head_dim=integer(
                 {"head_dim": sizes["hidden_size"] // max(heads, 1)} | values, "head_dim"
             ),
             hidden_act=_activation(values.get("hidden_act", "silu")),
             max_position_embeddings=max_positions,
-            rms_norm_eps=_number(values, "rms_norm_eps", 1e-6),
-            rope=_rope(raw, max_positions),
+            rms_norm_eps=number(values, "rms_norm_eps", 1e-6),
+            rope=rope_from_hf(raw, max_positions),
             layer_windows=_windows(kind, values, sizes["num_hidden_layers"]),
-            qkv_bias=_flag(values, kind.qkv_bias),
-            o_bias=_flag(values, kind.o_bias),
-            mlp_bias=_flag(values, kind.mlp_bias),
+            qkv_bias=flag(values, kind.qkv_bias),
+            o_bias=flag(values, kind.o_bias),
+            mlp_bias=flag(values, kind.mlp_bias),
             qk_norm=kind.qk_norm,
-            tie_word_embeddings=_flag(values, "tie_word_embeddings"),
+            tie_word_embeddings=flag(values, "tie_word_embeddings"),
             eos_token_ids=token_ids(values.get("eos_token_id")),
             bos_token_id=_first(token_ids(values.get("bos_token_id"))),
             pad_token_id=_first(token_ids(values.get("pad_token_id"))),
-            initializer_range=_number(values, "initializer_range", 0.02),
+            initializer_range=number(values, "initializer_range", 0.02),
         )
 
     @classmethod
@@ -149,46 +150,25 @@ class ModelConfig:
             "max_position_embeddings": self.max_position_embeddings,
             "rms_norm_eps": self.rms_norm_eps,
             "rope_theta": self.rope.theta,
-            "rope_scaling": _rope_to_hf(self.rope),
+            "rope_scaling": rope_to_hf(self.rope),
             "tie_word_embeddings": self.tie_word_embeddings,
             "initializer_range": self.initializer_range,
             "bos_token_id": self.bos_token_id,
             "eos_token_id": _ids_to_hf(self.eos_token_ids),
             "pad_token_id": self.pad_token_id,
         }
-        for flag, value in (
+        for key, value in (
             (kind.qkv_bias, self.qkv_bias),
             (kind.o_bias, self.o_bias),
             (kind.mlp_bias, self.mlp_bias),
         ):
-            if isinstance(flag, str):
-                raw[flag] = value
+            if isinstance(key, str):
+                raw[key] = value
         return raw | _windows_to_hf(kind, self.layer_windows)
 
     def with_changes(self, **changes: Any) -> ModelConfig:
         """A copy with some fields replaced, checked again."""
         return replace(self, **changes)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Parse a JSON object; ModelError naming the file where it is missing or malformed."""
-    if not path.is_file():
-        raise ModelError(f"{path} is missing: {path.parent} is not a Hugging Face model folder")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ModelError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} must hold a JSON object, not a {type(value).__name__}")
-    return value
-
-
-def token_ids(value: Any) -> tuple[int, ...]:
-    """An `eos_token_id` style entry: null, a number or a list of numbers."""
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
-        raise ModelError(f"token ids must be integers, got {value!r}")
-    return tuple(values)
 
 
 def _first(values: tuple[int, ...]) -> int | None:
@@ -231,29 +211,6 @@ def _check_architecture(raw: Mapping[str, Any], kind: Family) -> None:
         )
 
 
-def _integer(values: Mapping[str, Any], key: str) -> int:
-    value = values.get(key)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ModelError(f"config.json: {key} must be an integer, got {value!r}")
-    return value
-
-
-def _number(values: Mapping[str, Any], key: str, default: float) -> float:
-    value = values.get(key, default)
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise ModelError(f"config.json: {key} must be a number, got {value!r}")
-    return float(value)
-
-
-def _flag(values: Mapping[str, Any], flag: bool | str) -> bool:
-    if isinstance(flag, bool):
-        return flag
-    value = values.get(flag, False)
-    if not isinstance(value, bool):
-        raise ModelError(f"config.json: {flag} must be true or false, got {value!r}")
-    return value
-
-
 def _activation(name: Any) -> str:
     return _ACTIVATION_ALIASES.get(name, name) if isinstance(name, str) else repr(name)
 
@@ -261,14 +218,14 @@ def _activation(name: Any) -> str:
 def _windows(kind: Family, values: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
     if kind.sliding == "none" or values.get("sliding_window") is None:
         return (None,) * layers
-    if kind.sliding == "by_layer" and not _flag(values, "use_sliding_window"):
+    if kind.sliding == "by_layer" and not flag(values, "use_sliding_window"):
         return (None,) * layers
-    window = _integer(values, "sliding_window")
+    window = integer(values, "sliding_window")
     if kind.sliding == "all":
         return (window,) * layers
     types = values.get("layer_types")
     if types is None:
-        first = _integer(values, "max_window_layers")
+        first = integer(values, "max_window_layers")
         return tuple(window if i >= first else None for i in range(layers))
     known = {"sliding_attention": window, "full_attention": None}
     if not isinstance(types, list) or len(types) != layers or not all(t in known for t in types):
@@ -296,69 +253,3 @@ def _windows_to_hf(kind: Family, windows: tuple[int | None, ...]) -> dict[str, A
         "sliding_window": size,
         "layer_types": types,
     }
-
-
-def _rope(raw: Mapping[str, Any], max_positions: int) -> RopeConfig:
-    """From `rope_theta` + `rope_scaling`, or from `rope_parameters` (transformers 5)."""
-    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        raise ModelError(f"config.json: rope parameters must be an object, got {scaling!r}")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in ROPE_KINDS:
-        raise ModelError(
-            f"config.json: rope type {kind!r} is unknown; known: {', '.join(ROPE_KINDS)}"
-        )
-    partial = scaling.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
-    if partial not in (None, 1, 1.0):
-        raise ModelError(f"config.json: partial_rotary_factor {partial!r} is not supported, only 1")
-    theta = _number(scaling, "rope_theta", _number(_present(raw), "rope_theta", 10000.0))
-    if kind == "default":
-        return RopeConfig(theta=theta)
-    return RopeConfig(
-        theta=theta, kind=kind, **_rope_scaling(kind, _present(scaling), max_positions)
-    )
-
-
-def _rope_scaling(kind: str, scaling: Mapping[str, Any], max_positions: int) -> dict[str, Any]:
-    context = scaling.get("original_max_position_embeddings", max_positions)
-    if kind == "yarn" and "factor" not in scaling:
-        scaling = {**scaling, "factor": max_positions / context}
-    if "factor" not in scaling:
-        raise ModelError(f"config.json: rope type {kind!r} needs a factor")
-    keys: tuple[str, ...] = ("factor",)
-    if kind == "llama3":
-        keys += ("low_freq_factor", "high_freq_factor")
-    if kind == "yarn":
-        keys += ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
-    fields: dict[str, Any] = {k: _number(scaling, k, 0.0) for k in keys if k in scaling}
-    if kind == "yarn" and "truncate" in scaling:
-        fields["truncate"] = _flag(scaling, "truncate")
-    if kind == "dynamic":
-        # The growth is measured from the config's own length, whatever else it says.
-        context = max_positions
-    if kind != "linear":
-        fields["original_max_position_embeddings"] = context
-    return fields
-
-
-def _rope_to_hf(rope: RopeConfig) -> dict[str, Any] | None:
-    if rope.kind == "default":
-        return None
-    raw: dict[str, Any] = {"rope_type": rope.kind, "factor": rope.factor}
-    if rope.original_max_position_embeddings is not None:
-        raw["original_max_position_embeddings"] = rope.original_max_position_embeddings
-    if rope.kind == "llama3":
-        raw |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
-    if rope.kind == "yarn":
-        raw |= {
-            "beta_fast": rope.beta_fast,
-            "beta_slow": rope.beta_slow,
-            "truncate": rope.truncate,
-        }
-        optional = ("attention_factor", "mscale", "mscale_all_dim")
-        raw |= {k: getattr(rope, k) for k in optional if getattr(rope, k) is not None}
-    return raw
-
-
-def _present(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if value is not None}

@@ -110,7 +110,7 @@ class Decoder(nn.Module):
         Returns:
             float32 `[B, T, V]` (`[B, 1, V]` with `at`); with a cache, (logits, new cache).
         """
-        places = make_places(tokens.shape, positions, mask, cache)
+        places = make_places((tokens.shape[0], tokens.shape[1]), positions, mask, cache)
         table = self._embedding(name="embed")
         h = table(tokens)
         pasts = _layer_caches(cache, self.config.num_hidden_layers)
@@ -163,7 +163,7 @@ class Decoder(nn.Module):
 
     def embed(self, params: Mapping[str, Any], tokens: Int[Array | np.ndarray, "B T"]) -> jax.Array:
         """Tokens -> the first block's input `[B, T, D]`, in the model's dtype."""
-        return self._embedding(parent=None).apply({"params": params["embed"]}, tokens)
+        return _run(self._embedding(parent=None), params["embed"], tokens)
 
     def block_stage(
         self,
@@ -175,18 +175,16 @@ class Decoder(nn.Module):
         mask: Bool[Array | np.ndarray, "B T"] | None = None,
     ) -> tuple[jax.Array, Any]:
         """One stage of a block of this kind, with its own parameters (see `jq.blockwise`)."""
-        places = make_places(x.shape[:2], mask=mask)
+        places = make_places((x.shape[0], x.shape[1]), mask=mask)
         block = self._block(kind, parent=None)
-        return block.apply({"params": params}, index, x, carry, places, method="stage")
+        return _run(block, params, index, x, carry, places, method="stage")
 
     def logits(self, params: Mapping[str, Any], h: Float[Array, "B T D"]) -> jax.Array:
         """The last block's output -> float32 logits `[B, T, V]`."""
-        h = self._final_norm(parent=None).apply({"params": params["final_norm"]}, h)
+        h = _run(self._final_norm(parent=None), params["final_norm"], h)
         if self.config.tie_word_embeddings:
-            table = self._embedding(parent=None)
-            return table.apply({"params": params["embed"]}, h, method="attend")
-        head = self._lm_head(parent=None)
-        return head.apply({"params": params["lm_head"]}, h).astype(jnp.float32)
+            return _run(self._embedding(parent=None), params["embed"], h, method="attend")
+        return _run(self._lm_head(parent=None), params["lm_head"], h).astype(jnp.float32)
 
     def _embedding(self, **scope: Any) -> Embed:
         c = self.config
@@ -203,6 +201,10 @@ class Decoder(nn.Module):
     def _lm_head(self, **scope: Any) -> Linear:
         c = self.config
         return Linear(c.vocab_size, False, c.initializer_range, self.param_dtype, **scope)
+
+
+def _run(module: nn.Module, params: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+    return module.apply({"params": params}, *args, **options)
 
 
 def _layer_caches(cache: KVCache | None, layers: int) -> list[Any]:

@@ -153,7 +153,8 @@ def _prefill(
     batch, length = tokens.shape
     cache = init_cache(model.config, batch, capacity, model.dtype)
     last = jnp.full((batch,), length - 1, jnp.int32)
-    logits, cache = model.apply({"params": params}, tokens, mask=mask, cache=cache, at=last)
+    output: Any = model.apply({"params": params}, tokens, mask=mask, cache=cache, at=last)
+    logits, cache = output
     return sample(logits[:, 0], _step_key(key, 0), sampling), cache
 
 
@@ -168,7 +169,8 @@ def _step(
     index: Any,
 ) -> tuple[jax.Array, KVCache]:
     tokens = jnp.maximum(token, 0)[:, None]
-    logits, cache = model.apply({"params": params}, tokens, cache=cache)
+    output: Any = model.apply({"params": params}, tokens, cache=cache)
+    logits, cache = output
     return sample(logits[:, 0], _step_key(key, index), sampling), cache
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from jq import tree
 from jq.errors import CheckpointError, ModelError, OutputError
-from jq.models.config import ModelConfig, read_json
+from jq.models.config import ModelConfig
 from jq.models.hf_names import (
     WeightEntry,
     block_table,
@@ -30,6 +30,7 @@ from jq.models.hf_names import (
     outer_table,
     weight_table,
 )
+from jq.models.hf_values import read_json
 from jq.models.safetensors_file import SafetensorsFile, load_json_strictly, write_safetensors
 
 Params = dict[str, Any]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jq.errors import ModelError
-from jq.models.config import read_json, token_ids
+from jq.models.hf_values import read_json, token_ids
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 

@@ -12,13 +12,15 @@ def load(tmp_path_factory):
     """name -> (model, params, raw config, checkpoint weights), each made once."""
     made = {}
 
-    def load(name):
-        if name not in made:
+    def load(name, layers=2):
+        if (name, layers) not in made:
             folder = tmp_path_factory.mktemp(name)
-            weights = checkpoints.write(folder, checkpoints.CONFIGS[name])
+            raw = checkpoints.CONFIGS[name] | {"num_hidden_layers": layers}
+            if "layer_types" in raw:
+                raw["layer_types"] = raw["layer_types"][:layers]
+            weights = checkpoints.write(folder, raw)
             checkpoint = HFCheckpoint(folder)
-            model = Decoder(checkpoint.config)
-            made[name] = model, checkpoint.load(), checkpoints.CONFIGS[name], weights
-        return made[name]
+            made[name, layers] = Decoder(checkpoint.config), checkpoint.load(), raw, weights
+        return made[name, layers]
 
     return load

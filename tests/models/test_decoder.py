@@ -34,7 +34,7 @@ def padded(lengths, width):
 
 @pytest.mark.parametrize("name", ["llama3", "qwen3-layers"])
 def test_padding_changes_nothing(load, name):
-    model, params, raw, weights = load(name)
+    model, params, raw, weights = load(name, layers=1)
     lengths = [9, 12]
     tokens, mask = padded(lengths, 14)
     logits = np.asarray(forward(model, params, tokens, mask=mask))
@@ -45,7 +45,7 @@ def test_padding_changes_nothing(load, name):
 
 
 def test_a_row_of_padding_only_is_finite(load):
-    model, params, _, _ = load("llama3")
+    model, params, _, _ = load("llama3", layers=1)
     mask = np.ones((2, 14), bool)
     mask[1] = False
     assert np.isfinite(forward(model, params, TOKENS, mask=mask)).all()
@@ -72,7 +72,7 @@ def test_cached_decoding_is_the_full_forward(load, name):
 
 
 def test_explicit_positions_are_used(load):
-    model, params, _, _ = load("llama3")
+    model, params, _, _ = load("llama3", layers=1)
     base = np.broadcast_to(np.arange(14, dtype=np.int32), TOKENS.shape)
     plain = np.asarray(forward(model, params, TOKENS), np.float64)
     shifted = forward(model, params, TOKENS, positions=base + 3)
@@ -81,10 +81,9 @@ def test_explicit_positions_are_used(load):
     assert relative_error(stretched, plain) > 1e-2
 
 
-@pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("limits", [(4, 1, 512), (4, 1, 3), (4, 1, 1)])
-def test_attention_in_pieces_is_the_same(monkeypatch, window, limits):
-    """14 queries: four causal pieces, then mapped in five chunks, then one by one."""
+@pytest.mark.parametrize(("window", "max_queries"), [(None, 512), (3, 512), (None, 1), (3, 3)])
+def test_attention_in_pieces_is_the_same(monkeypatch, window, max_queries):
+    """14 queries: in four causal pieces, or mapped in 14 or 5 chunks."""
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(0, 1, (2, 14, h, 6)), jnp.float32) for h in (4, 2, 2))
     mask = np.ones((2, 14), bool)
@@ -92,18 +91,18 @@ def test_attention_in_pieces_is_the_same(monkeypatch, window, limits):
     places = make_places((2, 14), mask=mask)
     whole = np.asarray(attention.attend(q, k, v, places, window))
     names = ("CAUSAL_PIECES", "SMALLEST_PIECE", "MAX_QUERIES")
-    for name, value in zip(names, limits, strict=True):
+    for name, value in zip(names, (4, 1, max_queries), strict=True):
         monkeypatch.setattr(attention, name, value)
     calls = []
     original = attention._attend
     monkeypatch.setattr(attention, "_attend", lambda *a: calls.append(a) or original(*a))
     pieces = np.asarray(attention.attend(q, k, v, places, window))
     np.testing.assert_allclose(pieces[mask], whole[mask], rtol=0, atol=2e-6)
-    assert len(calls) == (4 if limits[2] == 512 else 1)  # lax.map traces once
+    assert len(calls) == (4 if max_queries == 512 else 1)  # lax.map traces once
 
 
 def test_bfloat16_parameters_and_activations(load):
-    model, params, raw, weights = load("llama3")
+    model, params, raw, weights = load("llama3", layers=1)
     small = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     exact = {k: v.astype(jnp.bfloat16) for k, v in weights.items()}
     want = decoder_logits(raw, exact, TOKENS[0])

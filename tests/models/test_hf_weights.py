@@ -16,6 +16,7 @@ from jq.models.hf_names import weight_table
 from jq.models.hf_weights import HFCheckpoint, save_hf
 from jq.models.safetensors_file import SafetensorsFile, write_safetensors
 from jq.qtensor import QTensor
+from jq.spec import QuantSpec
 from tests.models import checkpoints
 
 RAW = checkpoints.CONFIGS["qwen3"]
@@ -254,8 +255,8 @@ def test_saving_refuses_what_it_cannot_say(tmp_path, load):
     without = {key: value for key, value in params.items() if key != "final_norm"}
     with pytest.raises(ModelError, match=r"missing \(1\): final_norm/scale"):
         save_hf(without, model.config, tmp_path / "new")
-    arrays = (jnp.zeros((1, 1)),) * 2
-    packed = QTensor(*arrays, None, None, None, None, 32, 32)
+    one = jnp.ones((1, 1))
+    packed = QTensor(one, one, None, None, None, QuantSpec(), 32, 32)
     quantized = tree.replace(params, "layers_0/attention/q_proj/kernel", packed)
     with pytest.raises(ModelError, match=r"plain arrays only.*layers_0/attention/q_proj/kernel"):
         save_hf(quantized, model.config, tmp_path / "new")

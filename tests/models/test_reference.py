@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,8 @@ def test_perplexity_of_the_reference_model():
 
     @jax.jit
     def nll(params, tokens):
-        logp = jax.nn.log_softmax(model.apply({"params": params}, tokens)[:, :-1])
+        logits: Any = model.apply({"params": params}, tokens)
+        logp = jax.nn.log_softmax(logits[:, :-1])
         return -jnp.mean(jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1))
 
     losses = [float(nll(params, windows[i : i + 4])) for i in range(0, len(windows), 4)]

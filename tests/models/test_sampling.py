@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from jq.errors import ModelError
-from jq.models.sampling import Sampling, candidates, sample
+from jq.models import sampling as module
+from jq.models.sampling import Sampling, candidates
+
+sample = jax.jit(module.sample, static_argnums=2)
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(0, 2, (3, 50)).astype(np.float32)

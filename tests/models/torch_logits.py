@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
-from transformers import AutoModelForCausalLM
+import torch  # pyright: ignore[reportMissingImports]
+from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
 
 
 def main(folders):
