@@ -129,7 +129,8 @@ def gram_loss(
         total = jnp.float32(0)
         for w in weights:
             error = effective_weight(w, scale, spec) - w.astype(jnp.float32)
-            total += jnp.sum(error * (gram @ error))
+            pulled = jnp.matmul(gram, error, precision=lax.Precision.HIGHEST)
+            total += jnp.sum(error * pulled)
         return total
 
     return loss

@@ -66,7 +66,8 @@ def output_error(gram: jax.Array) -> Callable[[jax.Array], jax.Array]:
     """Loss d' H d per group and output; gram holds each group's block, [G, g, g]."""
 
     def loss(error: jax.Array) -> jax.Array:
-        return jnp.sum(error * jnp.einsum("gij,gjn->gin", gram, error), axis=1, keepdims=True)
+        pulled = jnp.einsum("gij,gjn->gin", gram, error, precision=jax.lax.Precision.HIGHEST)
+        return jnp.sum(error * pulled, axis=1, keepdims=True)
 
     return loss
 
