@@ -31,8 +31,8 @@ class GroupReport(NamedTuple):
     output_error: relative error of the outputs on the calibration tokens,
       sqrt(tr(D' H D) / tr(W' H W)); NaN without statistics.
     rtn_output_error: the same for rounding the weights to nearest before any scale was folded in.
-    damp: scalar, the damping fraction GPTQ used (0 for others).
-    failed: scalar bool, GPTQ fell back to rounding to nearest.
+    damp: scalar, the damping fraction GPTQ used (0 for others), the largest of the linears'.
+    failed: scalar bool, GPTQ fell back to rounding to nearest, for any of the linears.
     """
 
     weight_error: jax.Array
@@ -74,6 +74,8 @@ def _round_group(w, stats, scale, sizes, spec, rounding):
             for a, n in zip(starts, sizes, strict=True)
         ]
         solutions = [part[0] for part in parts]
+        damp = jnp.max(jnp.stack([part[1] for part in parts]))
+        failed = jnp.any(jnp.stack([part[2] for part in parts]))
     else:
         whole, damp, failed = _round(w, stats, spec, rounding)
         solutions = [whole.columns(a, a + n) for a, n in zip(starts, sizes, strict=True)]
@@ -121,7 +123,7 @@ def _report(
         nearest = rtn_quantize(original, spec).dequantize(spec) * scale[:, None]
 
     def energy(d: jax.Array) -> jax.Array:
-        return d * (stats.gram @ d)
+        return d * jnp.matmul(stats.gram, d, precision=jax.lax.Precision.HIGHEST)
 
     total = energy(w)
     return GroupReport(
