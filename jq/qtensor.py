@@ -136,6 +136,16 @@ def from_codes(
         raise SpecError(
             f"{path}: symmetric={spec.symmetric}, zero points {'un' * (zero_point is None)}given"
         )
+    if zero_point is not None and zero_point.shape != expected:
+        raise SpecError(
+            f"{path}: zero points are {zero_point.shape}, but the scale is {expected}: "
+            "give one for each scale"
+        )
+    if order is not None and order.shape != codes.shape[:-1]:
+        raise SpecError(
+            f"{path}: order is {order.shape}, but there are {codes.shape[:-1]} stored rows: "
+            "give the input of each"
+        )
     needed = jnp.float8_e4m3fn if spec.is_float else jnp.uint8
     if codes.dtype != needed:
         raise SpecError(

@@ -140,7 +140,7 @@ class QuantSpec:
         if self.granularity == "tensor":
             return 1, 1
         if self.granularity == "block":
-            check_group_size(n, self.group_size)
+            check_group_size(n, self.group_size, axis="outputs")
             return self.num_groups(k), n // self.group_size
         return self.num_groups(k), n
 
@@ -152,13 +152,13 @@ class QuantSpec:
         return self.bits + per_scale * rows * columns / (k * n)
 
 
-def check_group_size(k: int, group_size: int, path: str = "weight") -> None:
+def check_group_size(k: int, group_size: int, path: str = "weight", axis: str = "inputs") -> None:
     """Raise SpecError, with the sizes that would do, unless group_size divides k."""
     if group_size > 0 and k % group_size == 0:
         return
     valid = [g for g in (16, 32, 64, 128, 256, 512, 1024) if k % g == 0]
     raise SpecError(
-        f"{path}: group_size {group_size} does not divide its {k} inputs; "
+        f"{path}: group_size {group_size} does not divide its {k} {axis}; "
         f"valid sizes: {', '.join(map(str, valid)) or 'none of the usual'} or -1 (per channel)"
     )
 
