@@ -26,10 +26,13 @@ def weight_only(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def activation_scale(x: jax.Array, dtype: jnp.dtype, axes: int | None) -> jax.Array:
-    """max|x| / (largest code) over `axes` (None: all), keeping dimensions; 1 where x is all zero."""
+    """max|x| / (largest code) over `axes` (None: all), keeping dimensions; 1 where x is all zero.
+
+    NaN where x holds NaN, so that it reaches the result: int8 codes could not carry it.
+    """
     top = INT8_MAX if dtype == jnp.int8 else FP8_MAX
     scale = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=axes, keepdims=True) / top
-    return jnp.where(scale > 0, scale, 1.0)
+    return jnp.where(scale == 0, 1.0, scale)
 
 
 def quantize_activations(x: jax.Array, scale: jax.Array, dtype: jnp.dtype) -> jax.Array:
