@@ -6,6 +6,10 @@ Import it as `jq.calib`.  The submodules are imported where they are used:
     jq.calib.source    calibration_data, calibration_from_tokens, token_stream
     jq.calib.text      documents of text files, of `datasets`' formats and of hub datasets
     jq.calib.tokens    CalibrationData; windows, rows and padding, on plain arrays
+    jq.calib.driver    quantize_model, quantize_blocks: a model of any depth, a block at a time
+    jq.calib.stages    one stage of a block over all samples, with the statistics of its input
+    jq.calib.scaling   the scale per channel of a group of linears
+    jq.calib.report    what happened to each block and linear, and progress
 
 Calibration receives a model as an argument and a tokenizer as a function; it knows neither.
 """
@@ -21,8 +25,12 @@ from typing import Any
 _EXPORTS = {
     "CalibrationConfig": "config",
     "CalibrationData": "tokens",
+    "QuantizedBlock": "driver",
+    "TreeSource": "driver",
     "calibration_data": "source",
     "calibration_from_tokens": "source",
+    "quantize_blocks": "driver",
+    "quantize_model": "driver",
     "token_stream": "source",
 }
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jq.blockwise import BlockwiseModel, Params
+from jq.errors import CalibrationError
 from jq.evaluate.forward import hidden_states, outer_params, vocabulary_size
 
 if TYPE_CHECKING:
@@ -32,7 +33,11 @@ def token_log_probs(
         model: see `jq.blockwise`; hashable.
         params: kernels may be QTensors.
         tokens: T of at least 2.
+
+    Raises: CalibrationError when there is nothing to predict.
     """
+    if tokens.shape[1] < 2:
+        raise CalibrationError(f"tokens {tokens.shape} leave nothing to predict; give 2 or more")
     h = hidden_states(model, params, tokens)
     stretch = _stretch(tokens.shape, vocabulary_size(model, params))
     return -_nll(model, outer_params(model, params), h, tokens, stretch)
@@ -123,8 +128,8 @@ def _paired(
     return _over_stretches(score, (h[0][:, :-1], h[1][:, :-1], tokens[:, 1:]), stretch)
 
 
-def _stretch(shape: tuple[int, int], vocab_size: int) -> int:
-    """Positions whose logits fit in memory at once, spread evenly over as few stretches."""
+def _stretch(shape: tuple[int, ...], vocab_size: int) -> int:
+    """Positions of tokens `[B, T]` scored at once, so that their logits fit; evenly spread."""
     batch, length = shape[0], shape[1] - 1
     largest = max(1, _MAX_LOGITS // (batch * vocab_size))
     return -(-length // -(-length // largest))

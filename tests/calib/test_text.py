@@ -7,6 +7,7 @@ import sys
 import textwrap
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -102,7 +103,7 @@ def hub(monkeypatch):
 
         return rows()
 
-    fake = types.ModuleType("datasets")
+    fake: Any = types.ModuleType("datasets")
     fake.load_dataset, fake.calls, fake.read = load_dataset, calls, 0
     monkeypatch.setitem(sys.modules, "datasets", fake)
     return fake

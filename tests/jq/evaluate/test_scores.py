@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jq.errors import CalibrationError
 from jq.evaluate import forward, scores
 from jq.evaluate.scores import kl_divergence, log_likelihood, same_first_choice, token_log_probs
 from tests.jq.evaluate.tiny import VOCAB, Tiny, compiled_programs, make_params, numpy_logits
@@ -92,6 +93,11 @@ def test_probabilities_sum_to_one():
     tokens = np.concatenate([prefix, np.arange(VOCAB, dtype=np.int32)[:, None]], axis=1)
     last = np.asarray(token_log_probs(TINY, make_params(), jnp.asarray(tokens)))[:, -1]
     assert np.exp(last.astype(np.float64)).sum() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_one_token_leaves_nothing_to_predict():
+    with pytest.raises(CalibrationError, match=r"\(3, 1\) leave nothing to predict"):
+        token_log_probs(TINY, make_params(), jnp.zeros((3, 1), jnp.int32))
 
 
 @pytest.mark.parametrize("stretch", [1, 3, 5, 16, 40])
