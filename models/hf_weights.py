@@ -76,7 +76,8 @@ class HFCheckpoint:
         self._place = place if place is not None else _place_whole
         names, weight_map = _weight_files(self.path)
         self.files = tuple(self.path / name for name in names)
-        self._tensors = _collect([SafetensorsFile(file) for file in self.files], weight_map)
+        self._readers = [SafetensorsFile(file) for file in self.files]
+        self._tensors = _collect(self._readers, weight_map)
         self._check()
 
     @property
@@ -109,6 +110,8 @@ class HFCheckpoint:
                 array = array.astype(self._dtype)
             array = array.T if entry.transpose else array
             params = tree.replace(params, entry.path, self._place(entry.path, array))
+        for reader in self._readers:
+            reader.release()
         return params
 
     def _check(self) -> None:

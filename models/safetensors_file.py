@@ -8,6 +8,7 @@ everything the header claims is checked against the file before the first view.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -71,6 +72,16 @@ class SafetensorsFile:
         if info.begin == info.end or self._bytes is None:
             return np.zeros(info.shape, info.dtype)
         return self._bytes[info.begin : info.end].view(info.dtype).reshape(info.shape)
+
+    def release(self) -> None:
+        """Give the memory of what was read back; views stay valid, and read the file again.
+
+        Mapped pages count as the process's own until the system needs the room, which containers
+        with a memory limit do not always wait for.
+        """
+        mapped = None if self._bytes is None else getattr(self._bytes, "_mmap", None)
+        if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def write_safetensors(
