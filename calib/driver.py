@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +26,12 @@ from jq.folding import fold
 from jq.group import GroupReport, round_group
 from jq.methods.gptq import GPTQ
 from jq.qtensor import QTensor
-from jq.recipe import Recipe, Rule, resolve, rounding_of
+from jq.recipe import Recipe, Rule, needs_calibration, resolve, rounding_of
 from jq.spec import check_group_size
 from jq.statistics import InputStats, rescale
 
 
+@runtime_checkable
 class BlockSource(Protocol):
     """Where weights come from, a block at a time (`jq.models.HFCheckpoint`, or `TreeSource`)."""
 
@@ -119,7 +120,7 @@ def quantize_blocks(
     """
     plan = {name: _rules(model.linear_groups, recipe, name) for name in model.block_names}
     _check_recipe(recipe, plan)
-    calibrating = any(_needs_statistics(r) for rules in plan.values() for r in _flat(rules))
+    calibrating = any(needs_calibration(r) for rules in plan.values() for r in _flat(rules))
     clock = _Clock(progress, len(model.block_names) * len(model.linear_groups))
     stream = None
     if calibrating:
@@ -141,12 +142,6 @@ def _rules(groups: Sequence[LinearGroup], recipe: Recipe, block: str) -> Rules:
 
 def _flat(rules: Rules) -> list[Rule]:
     return [rule for group in rules for rule in group if rule is not None]
-
-
-def _needs_statistics(rule: Rule) -> bool:
-    assert rule.spec is not None and rule.method is not None
-    static = rule.spec.activation is not None and rule.spec.activation.static
-    return static or rule.method.needs_statistics or rounding_of(rule.method).needs_statistics
 
 
 def _check_recipe(recipe: Recipe, plan: Mapping[str, Rules]) -> None:
@@ -294,7 +289,7 @@ class _BlockWork:
         return all(r.true_sequential for r in roundings if isinstance(r, GPTQ))
 
     def _calibrates(self, index: int) -> bool:
-        return any(_needs_statistics(rule) for rule in self.rules[index] if rule is not None)
+        return any(needs_calibration(rule) for rule in self.rules[index] if rule is not None)
 
     def _stage(
         self, index: int, params: Any, stream: Stream, collect: bool

@@ -56,7 +56,9 @@ def load(
     else:
         source = HFCheckpoint(Path(path), place=_placer(shardings))
         config, params = source.config, source.load()
-    return Decoder(config, dtype=_compute_dtype(params) if dtype is None else dtype), params
+    if dtype is None:
+        dtype = compute_dtype(params["embed"]["embedding"].dtype)
+    return Decoder(config, dtype=dtype), params
 
 
 def save(
@@ -113,6 +115,7 @@ def _placer(shardings: Shardings | None) -> Callable[[str, np.ndarray], jax.Arra
     return lambda name, array: place_array(name, np.array(array), shardings)
 
 
-def _compute_dtype(params: Mapping[str, Any]) -> Any:
-    on_cpu = jax.default_backend() == "cpu"
-    return jnp.float32 if on_cpu else params["embed"]["embedding"].dtype
+def compute_dtype(stored: Any) -> Any:
+    """The dtype to run a model in whose embedding is stored in another: that one, but float32 on a
+    CPU, which has no fast 16-bit arithmetic."""
+    return jnp.float32 if jax.default_backend() == "cpu" else stored

@@ -57,6 +57,14 @@ def resolve(recipe: Recipe, path: str) -> Rule | None:
     return None
 
 
+def needs_calibration(rule: Rule) -> bool:
+    """Whether a rule learns from calibration data; its spec is not None."""
+    assert rule.spec is not None
+    assert rule.method is not None
+    static = rule.spec.activation is not None and rule.spec.activation.static
+    return static or rule.method.needs_statistics or rounding_of(rule.method).needs_statistics
+
+
 def rounding_of(method: Method) -> RTN | GPTQ:
     """What rounds the weights after the method has moved them."""
     match method:
