@@ -1,8 +1,8 @@
 """GPTQ as the paper has it (Frantar et al., arXiv 2210.17323), input by input in float64.
 
-The inverse of the damped Hessian is computed, and its Cholesky factor (section 3.3, step 3; its rows
-are what eliminating one input after another, equation 3, would leave). Each input is rounded, and
-equation 2 moves all inputs that are still to come.
+The inverse of the damped Hessian is computed, and its Cholesky factor (section 3.3, step 3; its
+rows are what eliminating one input after another, equation 3, would leave). Each input is rounded,
+and equation 2 moves all inputs that are still to come.
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ def test_a_larger_problem():
 
 
 def test_a_disconnected_hessian_is_noticed():
-    """With the identity in place of the inputs' statistics GPTQ is RTN, and no oracle test passes."""
+    """With the identity for statistics GPTQ is RTN, and no oracle test passes."""
     w, gram = problems.weights(64, 12), problems.gram(64)
     spec = QuantSpec("int4", 16)
     plain = rtn_quantize(w, spec)
@@ -241,7 +241,7 @@ def test_experts_are_solved_side_by_side():
 
 
 def test_the_oracle_is_equation_three():
-    """The Cholesky factor of the inverse is what elimination, input by input, leaves of its rows."""
+    """The Cholesky factor of the inverse is what elimination leaves of its rows."""
     h = oracle.damped(problems.gram(24), 0.01)
     eliminated = oracle.inverse_factor_by_elimination(h)
     np.testing.assert_allclose(oracle.inverse_factor(h), eliminated, rtol=1e-9, atol=1e-12)
