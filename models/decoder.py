@@ -102,9 +102,11 @@ class Decoder(nn.Module):
 
         Args:
             tokens: int32 `[B, T]`.
-            positions: int32 `[B, T]`; counted from mask and cache when None.
+            positions: int32 `[B, T]`, not decreasing along a row; counted from mask and cache when
+                None.
             mask: bool `[B, T]`, True for real tokens; padding may stand left or right.
-            cache: earlier tokens; the new ones are written behind them.
+            cache: earlier tokens; the new ones are written behind them, and must fit: an overflow
+                cannot be seen inside a compiled program.
             at: int32 `[B]`, the slot of each row whose logits are wanted; all when None.
 
         Returns:
@@ -120,7 +122,7 @@ class Decoder(nn.Module):
             h, present = block(h, places, past)
             presents.append(present)
         if at is not None:
-            h = jnp.take_along_axis(h, at[:, None, None], axis=1)
+            h = jnp.take_along_axis(h, jnp.asarray(at)[:, None, None], axis=1)
         h = self._final_norm(name="final_norm")(h)
         if self.config.tie_word_embeddings:
             logits = table.attend(h)
