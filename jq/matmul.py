@@ -32,7 +32,7 @@ def qmatmul(x: jax.Array, w: jax.Array | QTensor) -> jax.Array:
             f"x {x.shape} does not multiply a quantized weight of logical shape {w.shape}"
         )
     if w.order is not None:
-        # Without the barrier XLA's CPU backend gathers x into columns, and has no bfloat16 dot for it.
+        # Without the barrier XLA's CPU backend gathers x into columns: no bfloat16 dot takes them.
         x = jax.lax.optimization_barrier(jnp.take(x, w.order, axis=-1))
     if w.spec.activation is None:
         return reference.weight_only(x, w.dequantize_stored(x.dtype))
