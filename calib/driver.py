@@ -19,8 +19,8 @@ import numpy as np
 from jq import tree
 from jq.blockwise import BlockwiseModel, LinearGroup
 from jq.calib.report import BlockReport, LinearReport, Progress, ProgressCallback
-from jq.calib.scaling import choose_scale, sample, scales_input
-from jq.calib.stages import Stream, run_stage
+from jq.calib.scaling import Scaling, choose_scale, sample, scales_input
+from jq.calib.stages import Stream, prepare_block, run_stage
 from jq.errors import CalibrationError, NonFiniteError, SpecError
 from jq.folding import fold
 from jq.group import GroupReport, round_group
@@ -212,9 +212,10 @@ class _BlockWork:
     ) -> tuple[QuantizedBlock, Stream | None]:
         """Quantize the block; the returned stream is the next block's input."""
         start = time.perf_counter()
-        self._check_weights(params)
+        self._check_shapes(params)
         dtypes = {path: leaf.dtype for path, leaf in tree.leaves(params)}
-        work = _kernels_in_float32(params)
+        work, finite = prepare_block(params)
+        self._check_finite(finite)
         if stream is None:
             for index in range(len(self.groups)):
                 work = self._round(index, work, None, None)
@@ -227,7 +228,7 @@ class _BlockWork:
         return QuantizedBlock(self.name, work, report), stream
 
     def _calibrate(self, params: Any, stream: Stream) -> tuple[Any, Stream]:
-        scales: dict[int, jax.Array] = {}
+        scales: dict[int, Scaling] = {}
         early: dict[int, InputStats] = {}
         if self._scales_anything() or not self._sequential():
             params, early, scales = self._full_precision_pass(params, stream)
@@ -238,12 +239,13 @@ class _BlockWork:
             if not self._sequential():
                 stats = early.get(index)
             params = self._round(index, params, stats, scales.get(index))
-        stream, _ = self._stage(last, params, stream, False)
+        if self.name != self.model.block_names[-1]:
+            stream, _ = self._stage(last, params, stream, False)
         return params, stream
 
     def _full_precision_pass(
         self, params: Any, stream: Stream
-    ) -> tuple[Any, dict[int, InputStats], dict[int, jax.Array]]:
+    ) -> tuple[Any, dict[int, InputStats], dict[int, Scaling]]:
         """Statistics of every group on this block's own weights; scales chosen and folded."""
         stats_of, scales = {}, {}
         for index, group in enumerate(self.groups):
@@ -320,7 +322,7 @@ class _BlockWork:
         fed = stream.x.shape[0] * stream.x.shape[1]
         if stream.mask is not None:
             fed = int(np.asarray(stream.mask).sum())
-        seen, trace = int(stats.count), float(jnp.trace(stats.gram))
+        seen, trace = int(stats.count), float(np.trace(np.asarray(stats.gram)))
         path = f"{self.name}/{self.groups[index].linears[0]}"
         if seen != fed or seen == 0:
             raise CalibrationError(f"{path}: statistics saw {seen} tokens, but {fed} were fed")
@@ -330,12 +332,15 @@ class _BlockWork:
                 "is the model loaded, and the calibration text sensible?"
             )
 
-    def _check_weights(self, params: Mapping[str, Any]) -> None:
+    def _check_finite(self, finite: Any) -> None:
+        for path, ok in tree.leaves(jax.device_get(finite)):
+            if not ok:
+                raise NonFiniteError(f"{self.name}/{path}: the weight has NaN or infinite entries")
+
+    def _check_shapes(self, params: Mapping[str, Any]) -> None:
         for path, leaf in tree.leaves(params):
             if isinstance(leaf, QTensor):
                 raise SpecError(f"{self.name}/{path}: already quantized ({leaf.spec.dtype})")
-            if not bool(jnp.all(jnp.isfinite(leaf))):
-                raise NonFiniteError(f"{self.name}/{path}: the weight has NaN or infinite entries")
         for group, rules in zip(self.groups, self.rules, strict=True):
             for linear, rule in zip(group.linears, rules, strict=True):
                 if rule is not None and rule.spec.granularity in ("group", "block"):
@@ -414,14 +419,6 @@ def _warnings(report: GroupReport, rule: Rule, tokens: int, k: int) -> tuple[str
     elif float(report.damp) > rounding.damp_percent * 1.5:
         out.append(f"damping raised from {rounding.damp_percent} to {float(report.damp):g}")
     return tuple(out)
-
-
-def _kernels_in_float32(params: Mapping[str, Any]) -> dict[str, Any]:
-    out = dict(params)
-    for path, leaf in tree.leaves(params):
-        if path.endswith("/kernel"):
-            out = tree.replace(out, path, jnp.asarray(leaf, jnp.float32))
-    return out
 
 
 def _restore_dtypes(params: Any, dtypes: Mapping[str, Any]) -> Any:
