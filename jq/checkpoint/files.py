@@ -112,7 +112,7 @@ def check_target(target: Path, *, overwrite: bool, replaceable: Callable[[Path],
             return
     if not overwrite:
         raise OutputError(
-            f"{target} exists and is not empty: choose another folder or overwrite it"
+            f"{target} exists and is not empty: choose another folder or pass overwrite=True"
         )
     if not replaceable(target):
         raise OutputError(

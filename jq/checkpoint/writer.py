@@ -69,10 +69,18 @@ class CheckpointWriter:
     def __enter__(self) -> CheckpointWriter:
         """Take the folder's lock and clear away what dead processes left.
 
-        Raises OutputError: the folder is not empty, not writable, or being written by another.
+        Raises OutputError: the folder is not empty, not writable, or being written by another;
+        CheckpointError in a program of several processes.
         """
         if self._partial is not None or self._finished:
             raise CheckpointError(f"{self.path}: a CheckpointWriter is for one use")
+        if jax.process_count() > 1:
+            # Orbax would wait for all processes, pids name our folders, and only one may rename.
+            raise CheckpointError(
+                f"{self.path}: checkpoints are written by programs of one process; this one is "
+                f"{jax.process_index()} of {jax.process_count()}. Gather the arrays and save them "
+                "outside of jax.distributed"
+            )
         self.path = Path(os.path.realpath(self.path))
         with self._scope as scope:
             with fs.output_errors(self.path.parent):
