@@ -1,0 +1,207 @@
+"""`jaxq quantize`: a model in, a quantized checkpoint out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from jq.calib.config import CalibrationConfig
+from jq.calib.report import Progress
+from jq.calib.tokens import CalibrationData
+from jq.cli.models import demo_text, made_of_demo, model_folder
+from jq.cli.options import options_class, parse, peek, rebuild
+from jq.cli.output import note, print_facts, size_text, time_text, warn
+from jq.cli.progress import Meter
+from jq.cli.summary import quantized_totals
+from jq.errors import CalibrationError, SpecError
+from jq.methods.gptq import GPTQ
+from jq.methods.rtn import RTN
+from jq.models import HFCheckpoint
+from jq.pipeline import RunReport, calibrated_rules, check_run, quantize_checkpoint
+from jq.presets import ACTIVATIONS, DEFAULT, PRESETS, find_preset, preset
+from jq.recipe import Method, Recipe, Rule
+
+ABOUT = """Quantize a Hugging Face model folder into a jaxq checkpoint.
+
+The options below are those of the method: `jaxq quantize --method NAME --help` shows another's,
+`jaxq methods` lists the names."""
+
+# What may round the weights that AWQ or SmoothQuant has moved; AWQ's own is RTN with clipping.
+ROUNDINGS: dict[str, RTN | GPTQ] = {"rtn": RTN(), "gptq": GPTQ(act_group_aware=True)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """Number format and method.
+
+    Attributes:
+        method: what chooses the quantized weights.
+        bits: per weight.
+        group_size: inputs that share a scale; -1: one scale per output.
+        symmetric: no zero points.
+        activation: quantize activations too; the products then run in 8 bits.
+        skip: a regular expression; linears whose path ("layers_0/mlp/down_proj") matches stay in
+            full precision. May be given again.
+    """
+
+    method: Literal[tuple(PRESETS)] = DEFAULT  # pyright: ignore[reportInvalidTypeForm]
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = True
+    activation: Literal[tuple(ACTIVATIONS)] = "none"  # pyright: ignore[reportInvalidTypeForm]
+    skip: tuple[str, ...] = ()
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The command."""
+    args, base = _parse(arguments)
+    spec, _ = preset(
+        args.format.method,
+        bits=args.format.bits,
+        group_size=args.format.group_size,
+        symmetric=args.format.symmetric,
+        activation=args.format.activation,
+    )
+    method = rebuild(base, args.options)
+    recipe = (*(Rule(p, None, None) for p in args.format.skip), Rule(".*", spec, method))
+    calibration_config = _calibration_config(args.calibration)
+    folder = model_folder(args.model)
+    source = check_run(folder, args.out, recipe, overwrite=args.overwrite)
+    calibration = _calibration(source, recipe, calibration_config, args)
+    with Meter("quantize") as meter:
+        report = quantize_checkpoint(
+            folder,
+            args.out,
+            recipe,
+            calibration,
+            batch_size=calibration_config.batch_size,
+            overwrite=args.overwrite,
+            progress=lambda step: meter.show(step.done, step.total, _step_text(step)),
+        )
+    for text in dict.fromkeys(text for linear in report.linears for text in linear.warnings):
+        count = sum(text in linear.warnings for linear in report.linears)
+        warn(f"{text} ({count} linears)")
+    _summarize(report, args.model)
+    return 0
+
+
+def _parse(arguments: Sequence[str]) -> tuple[Any, Method]:
+    """Options, and the method whose defaults they have."""
+    name = peek(arguments, "--method") or DEFAULT
+    base = find_preset(name).method
+    activation = peek(arguments, "--activation")
+    spec, _ = preset(name, activation=activation)
+    chosen = Format(
+        method=name,
+        bits=spec.bits,
+        group_size=spec.group_size,
+        symmetric=spec.symmetric,
+        activation=activation or find_preset(name).activation,
+    )
+    base, rounding = _with_rounding(base, peek(arguments, "--rounding"))
+    options = options_class(base)
+    dataset = (str | None, None, "FILE|NAME")
+    calibration = options_class(CalibrationConfig(), {"calib_dataset": dataset})
+    fields: list[Any] = [
+        ("model", _positional("MODEL", 'a folder, or "demo" for the embedded model')),
+        ("out", Annotated[Path, tyro.conf.arg(metavar="DIR", help="the folder to make")]),
+        ("overwrite", _switch("replace an existing checkpoint"), False),
+        ("format", Format, chosen),
+        *rounding,
+        ("options", Annotated[options, tyro.conf.arg(name=type(base).__name__)], options()),
+        ("calibration", calibration, calibration()),
+    ]
+    kind = dataclasses.make_dataclass("Quantize", fields, frozen=True, namespace={"__doc__": ""})
+    return parse(kind, "quantize", ABOUT, arguments), base
+
+
+def _positional(metavar: str, text: str) -> Any:
+    return Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar=metavar, help=text)]
+
+
+def _switch(text: str) -> Any:
+    return Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help=text)]
+
+
+def _with_rounding(base: Method, name: str | None) -> tuple[Method, list[Any]]:
+    """The method with the rounding asked for, and the option that asks, if the method has one."""
+    if isinstance(base, RTN | GPTQ):
+        return base, []
+    default = "gptq" if isinstance(base.rounding, GPTQ) else "rtn"
+    if name is not None and name not in ROUNDINGS:
+        raise SpecError(f"rounding {name!r} is unknown; known: {', '.join(ROUNDINGS)}")
+    if name is not None and name != default:
+        base = dataclasses.replace(base, rounding=ROUNDINGS[name])
+    text = "what rounds the weights afterwards; its options are below"
+    kind = Annotated[Literal[tuple(ROUNDINGS)], tyro.conf.arg(help=text)]  # pyright: ignore
+    return base, [("rounding", kind, default)]
+
+
+def _calibration_config(options: Any) -> CalibrationConfig:
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    return CalibrationConfig(**{**given, "calib_dataset": given["calib_dataset"] or ""})
+
+
+def _calibration(
+    source: HFCheckpoint, recipe: Recipe, config: CalibrationConfig, args: Any
+) -> CalibrationData | None:
+    rules = calibrated_rules(recipe)
+    if not rules:
+        if config.calib_dataset:
+            note(f"method {args.format.method} learns nothing from data: --calib-dataset is unused")
+        return None
+    if not config.calib_dataset:
+        if not made_of_demo(source.path):
+            raise CalibrationError(
+                f"method {args.format.method} learns from calibration text: give --calib-dataset "
+                "with a .txt, .jsonl or .npy file, or wikitext2, c4 or pile, which are downloaded; "
+                "or choose --method rtn, which needs none"
+            )
+        config = dataclasses.replace(config, calib_dataset=str(demo_text("calibration.txt")))
+    context = source.config.max_position_embeddings
+    if config.calib_seqlen > context:
+        note(
+            f"calib_seqlen {config.calib_seqlen} is cut to the model's context of {context} tokens"
+        )
+        config = dataclasses.replace(config, calib_seqlen=context)
+    data = read_calibration(source, config)
+    for text in data.warnings:
+        warn(text)
+    return data
+
+
+def read_calibration(source: HFCheckpoint, config: CalibrationConfig) -> CalibrationData:
+    """Calibration data for a model, by its own tokenizer where there is text."""
+    from jq.calib.source import calibration_data
+    from jq.models import Tokenizer
+
+    encode = None
+    if Path(config.calib_dataset).suffix.lower() != ".npy":
+        encode = Tokenizer(source.path, source.config.vocab_size).encode
+    return calibration_data(config, vocab_size=source.config.vocab_size, encode=encode)
+
+
+def _step_text(step: Progress) -> str:
+    error = "" if step.error is None else f"  output error {step.error:.4f}"
+    return f"{step.block} {step.group}{error}"
+
+
+def _summarize(report: RunReport, model: str) -> None:
+    totals = quantized_totals(report.path)
+    facts = [
+        ("checkpoint", str(report.path)),
+        ("linears", f"{len(report.linears)} quantized, {totals.linear_bits:.3f} bits per weight"),
+        ("model", f"{size_text(totals.file_bytes)}, {totals.model_bits:.3f} bits per weight"),
+        ("time", time_text(report.seconds)),
+    ]
+    errors = [(r.output_error, r.rtn_output_error) for r in report.linears]
+    known = [(e, r) for e, r in errors if e is not None and r is not None]
+    if known:
+        mean, nearest = (sum(values) / len(known) for values in zip(*known, strict=True))
+        text = f"{mean:.4f} on average; rounding to nearest: {nearest:.4f}"
+        facts.insert(3, ("output error", text))
+    print_facts(facts)

@@ -1,0 +1,233 @@
+"""From a model folder to a quantized checkpoint, one block at a time.
+
+report = quantize_checkpoint("path/to/model", "path/to/out", default_recipe(), calibration)
+
+Memory holds one block, its statistics and the hidden states of the calibration set, whatever the
+model's depth: weights are read when a block's turn comes and are written when it is finished.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from jq import tree
+from jq.api import compute_dtype
+from jq.calib.driver import QuantizedBlock, quantize_blocks
+from jq.calib.report import BlockReport, LinearReport, ProgressCallback
+from jq.calib.tokens import CalibrationData
+from jq.checkpoint import CheckpointWriter, files, is_checkpoint
+from jq.checkpoint.format import MANIFEST
+from jq.errors import CalibrationError, CheckpointError, NonFiniteError, OutputError
+from jq.interrupts import held_back
+from jq.models import Decoder, HFCheckpoint, ModelConfig
+from jq.models.hf_names import weight_table
+from jq.preflight import check_recipe
+from jq.recipe import Method, Recipe, Rule, needs_calibration
+
+
+@dataclasses.dataclass(frozen=True)
+class RunReport:
+    """What a run did.
+
+    path: the checkpoint it made.
+    blocks: a report per block.
+    seconds: from the first weight read to the folder in its place.
+    """
+
+    path: Path
+    blocks: tuple[BlockReport, ...]
+    seconds: float
+
+    @property
+    def linears(self) -> tuple[LinearReport, ...]:
+        """Every quantized linear, in order."""
+        return tuple(linear for block in self.blocks for linear in block.linears)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready contents of report.json.  Without times: equal runs write equal files."""
+        return {
+            "blocks": [
+                {"name": block.name, "linears": [linear.to_dict() for linear in block.linears]}
+                for block in self.blocks
+            ]
+        }
+
+
+def quantize_checkpoint(
+    model_path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    recipe: Recipe,
+    calibration: CalibrationData | None = None,
+    *,
+    batch_size: int = 1,
+    overwrite: bool = False,
+    progress: ProgressCallback | None = None,
+    meta: Mapping[str, Any] | None = None,
+) -> RunReport:
+    """Quantize a Hugging Face model folder into a jaxq checkpoint.
+
+    Args:
+      model_path: config.json, safetensors weights and, where there are, the tokenizer's files.
+      out: the folder to make; it appears complete or not at all.
+      recipe: see `jq.recipe`.
+      calibration: see `jq.calib.source`; None where no rule learns from it.
+      batch_size: calibration samples run at a time; results do not depend on it.
+      overwrite: replace an existing jaxq checkpoint.
+      progress: called after each group of linears.
+      meta: further facts for the manifest, beside "model", "recipe" and "calibration".
+    Returns: a report, which also stands in the checkpoint.
+    Raises: before anything is computed, what `check_run` raises, and CalibrationError for missing
+      or unfit calibration data; later NonFiniteError, and OutputError when the disk refuses.
+    """
+    start = time.perf_counter()
+    source = check_run(model_path, out, recipe, overwrite=overwrite)
+    calibration = _fitting(calibration, recipe, source.config)
+    with CheckpointWriter(out, config_files_from=model_path, overwrite=overwrite) as writer:
+        model = Decoder(source.config, dtype=_write_outer(source, writer))
+        blocks = quantize_blocks(
+            model,
+            source,
+            recipe,
+            None if calibration is None else calibration.tokens,
+            mask=None if calibration is None else calibration.mask,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        reports = _write_blocks(blocks, writer)
+        report = RunReport(writer.path, reports, 0.0)
+        facts = {
+            "model": Path(model_path).resolve().name,
+            "recipe": recipe_json(recipe),
+            "calibration": None if calibration is None else _calibration_json(calibration),
+            **(meta or {}),
+        }
+        with held_back():
+            writer.finish(facts, report.to_dict())
+    return dataclasses.replace(report, seconds=time.perf_counter() - start)
+
+
+def check_run(
+    model_path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+) -> HFCheckpoint:
+    """Refuse what cannot end well, before the long run; reads headers only.
+
+    Returns: the opened model.
+    Raises:
+      ModelError: no model in the folder, or one that is unknown.
+      CheckpointError: the folder is a jaxq checkpoint, or a weight file is damaged.
+      SpecError: group sizes that do not divide (all of them at once), rules that match nothing.
+      OutputError: the output folder is not empty or not writable.
+    """
+    if is_checkpoint(model_path):
+        raise CheckpointError(
+            f"{model_path} is a jaxq checkpoint, quantized already; give the original model"
+        )
+    source = HFCheckpoint(Path(model_path))
+    check_recipe(recipe, *_tensors(source.config))
+    check_output(out, overwrite=overwrite)
+    return source
+
+
+def check_output(out: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Raise OutputError unless a checkpoint can be made at `out`."""
+    path = Path(os.path.realpath(out))
+    files.check_target(
+        path, overwrite=overwrite, replaceable=lambda folder: (folder / MANIFEST).is_file()
+    )
+    parent = next(p for p in path.parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{out}: {parent} is not a folder that can be written to; choose another")
+
+
+def recipe_json(recipe: Recipe) -> list[dict[str, Any]]:
+    """A recipe as JSON values; methods carry their class's name."""
+    return [
+        {
+            "pattern": rule.pattern,
+            "spec": None if rule.spec is None else dataclasses.asdict(rule.spec),
+            "method": None if rule.method is None else _method_json(rule.method),
+        }
+        for rule in recipe
+    ]
+
+
+def calibrated_rules(recipe: Recipe) -> tuple[Rule, ...]:
+    """The rules that learn from calibration data."""
+    return tuple(rule for rule in recipe if rule.spec is not None and needs_calibration(rule))
+
+
+def _tensors(config: ModelConfig) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Shapes of the blocks' linears, by path without "/kernel"; paths of everything else."""
+    linears, others = {}, []
+    for entry in weight_table(config):
+        if entry.path.startswith("layers_") and entry.path.endswith("/kernel"):
+            linears[entry.path.removesuffix("/kernel")] = entry.shape
+        else:
+            others.append(entry.path)
+    return linears, others
+
+
+def _write_outer(source: HFCheckpoint, writer: CheckpointWriter) -> Any:
+    """Write what is outside the blocks; returns the dtype to run the model in."""
+    outer = source.outer()
+    for path, leaf in tree.leaves(outer):
+        if not bool(jnp.all(jnp.isfinite(leaf))):
+            raise NonFiniteError(f"{path}: the weight has NaN or infinite entries")
+    for name, subtree in outer.items():
+        writer.write_part(name, subtree)
+    return compute_dtype(outer["embed"]["embedding"].dtype)
+
+
+def _write_blocks(
+    blocks: Iterable[QuantizedBlock], writer: CheckpointWriter
+) -> tuple[BlockReport, ...]:
+    reports = []
+    for block in blocks:
+        writer.write_part(block.name, block.params)
+        reports.append(block.report)
+        del block  # not to be held while the next one is made
+    return tuple(reports)
+
+
+def _fitting(
+    calibration: CalibrationData | None, recipe: Recipe, config: ModelConfig
+) -> CalibrationData | None:
+    """The calibration data if the recipe learns from it, checked against the model's context."""
+    rules = calibrated_rules(recipe)
+    if not rules:
+        return None
+    if calibration is None:
+        raise CalibrationError(
+            f"{type(rules[0].method).__name__} learns from calibration data, and none was given; "
+            "give some, or use RTN"
+        )
+    length, context = calibration.tokens.shape[1], config.max_position_embeddings
+    if length > context:
+        raise CalibrationError(
+            f"calibration samples have {length} tokens, the model's context {context}; "
+            f"use calib_seqlen {context} or less"
+        )
+    return calibration
+
+
+def _calibration_json(calibration: CalibrationData) -> dict[str, Any]:
+    return {**calibration.description, "warnings": list(calibration.warnings)}
+
+
+def _method_json(method: Method) -> dict[str, Any]:
+    options = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    return {
+        "name": type(method).__name__,
+        **{k: _method_json(v) if isinstance(v, Method) else v for k, v in options.items()},
+    }

@@ -1,0 +1,96 @@
+"""What can be known before the first weight is read: does a recipe fit the linears of a model?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from jq.errors import SpecError
+from jq.recipe import Recipe, resolve
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_USUAL_SIZES = (16, 32, 64, 128, 256, 512, 1024)
+
+
+def check_recipe(recipe: Recipe, linears: Shapes, others: Iterable[str] = ()) -> None:
+    """Raise SpecError unless every rule decides about something and all group sizes divide.
+
+    Args:
+      recipe: see `jq.recipe`.
+      linears: path ("layers_0/attention/q_proj") -> shape (K, N) of what can be quantized.
+      others: paths of the other tensors, which a rule may leave in full precision by name.
+    """
+    deciding = {path: resolve(recipe, path) for path in linears}
+    for rule in recipe:
+        if rule.spec is None:
+            used = any(re.search(rule.pattern, path) for path in (*linears, *others))
+        else:
+            used = any(rule is chosen for chosen in deciding.values())
+        if not used:
+            raise SpecError(
+                f"rule {rule.pattern!r} decides about nothing: linears are named like "
+                "'layers_0/attention/q_proj', and earlier rules come first"
+            )
+    if not any(deciding.values()):
+        raise SpecError("the recipe quantizes nothing: no rule with a spec")
+    check_group_sizes(recipe, linears)
+
+
+def check_group_sizes(recipe: Recipe, linears: Shapes) -> None:
+    """Raise SpecError, listing every tensor and the sizes that would do, unless all group sizes
+    divide; arguments as `check_recipe`."""
+    grouped: dict[tuple[int, bool], dict[str, tuple[int, ...]]] = {}
+    for path, shape in linears.items():
+        rule = resolve(recipe, path)
+        if rule is None or rule.spec is None or rule.spec.granularity not in ("group", "block"):
+            continue
+        block = rule.spec.granularity == "block"  # which divides the outputs as well
+        sizes = shape if block else shape[:1]
+        grouped.setdefault((rule.spec.group_size, block), {})[path] = sizes
+    problems = [_problem(size, block, found) for (size, block), found in grouped.items()]
+    if any(problems):
+        raise SpecError("; ".join(problem for problem in problems if problem))
+
+
+def _problem(group_size: int, block: bool, sizes: Shapes) -> str | None:
+    wrong = {path: size for path, size in sizes.items() if any(n % group_size for n in size)}
+    if not wrong:
+        return None
+    every = {n for size in sizes.values() for n in size}
+    valid = [str(g) for g in _USUAL_SIZES if not any(n % g for n in every)]
+    if not block:
+        valid.append("-1 (per channel)")
+    what = "inputs and outputs" if block else "inputs"
+    return (
+        f"group_size {group_size} does not divide the {what} of {', '.join(_listing(wrong))}; "
+        f"valid for all of the linears: {', '.join(valid) or 'none of the usual'}"
+    )
+
+
+def _listing(sizes: Shapes) -> list[str]:
+    """Tensors with their sizes, equal layers together: "layers_0..31/mlp/down_proj (688)"."""
+    layers: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    for path, size in sizes.items():
+        match = re.fullmatch(r"layers_(\d+)/(.*)", path)
+        name, number = (match.group(2), int(match.group(1))) if match else (path, -1)
+        layers.setdefault((name, size), []).append(number)
+    lines = []
+    for (name, size), numbers in layers.items():
+        shown = f"({', '.join(map(str, size))})"
+        lines += [f"{prefix}{name} {shown}" for prefix in _ranges(numbers)]
+    return lines
+
+
+def _ranges(numbers: list[int]) -> list[str]:
+    """[0, 1, 2, 5] -> ["layers_0..2/", "layers_5/"]; [-1], for a path without a layer -> [""]."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1 and number > 0:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return [
+        "" if first < 0 else f"layers_{first}/" if first == last else f"layers_{first}..{last}/"
+        for first, last in runs
+    ]
