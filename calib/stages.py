@@ -33,7 +33,12 @@ class Stream(NamedTuple):
 
 
 class StageResult(NamedTuple):
-    """A stage's outputs, the statistics of `stream.x` where asked for, and which samples are finite."""
+    """What a stage gives.
+
+    stream: its outputs.
+    stats: statistics of `stream.x`, where asked for.
+    finite: bool [samples], which outputs are free of NaN and infinities.
+    """
 
     stream: Stream
     stats: InputStats | None
@@ -84,8 +89,23 @@ def run_stage(
 
 
 def _finite(x: Float[Array, "B T K"], mask: Bool[Array, "B T"] | None) -> Bool[Array, "B"]:
-    finite = jnp.all(jnp.isfinite(x), axis=-1)
-    return jnp.all(finite if mask is None else finite | ~mask, axis=-1)
+    # Zero for finite numbers, NaN for all others: one sum tells.
+    poison = x.astype(jnp.float32) * 0.0
+    if mask is not None:
+        poison = jnp.where(mask[:, :, None], poison, 0.0)
+    return jnp.sum(poison, axis=(1, 2)) == 0
+
+
+@jax.jit
+def prepare_block(params: Any) -> tuple[Any, Any]:
+    """A block ready for quantization: kernels in float32, and whether each leaf is finite."""
+
+    def wide(path, leaf):
+        is_kernel = getattr(path[-1], "key", None) == "kernel"
+        return leaf.astype(jnp.float32) if is_kernel else leaf
+
+    finite = jax.tree.map(lambda leaf: jnp.sum(leaf.astype(jnp.float32) * 0.0) == 0, params)
+    return jax.tree_util.tree_map_with_path(wide, params), finite
 
 
 def dequantized(params: Any, dtype: Any) -> Any:

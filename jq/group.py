@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jq.methods.gptq import GPTQ, gptq_quantize
+from jq.errors import CalibrationError
+from jq.methods.gptq import GPTQ, factor_hessian, gptq_solve
 from jq.methods.rtn import RTN, rtn_quantize
 from jq.methods.solution import Solution
 from jq.qtensor import QTensor
@@ -59,39 +61,46 @@ def round_group(
       scale: what was folded into the weights before (AWQ, SmoothQuant); only the report needs it.
     Returns: a QTensor per weight and the report.
     """
-    sizes = tuple(w.shape[1] for w in weights)
-    return _round_group(jnp.concatenate(weights, axis=1), stats, scale, sizes, spec, rounding)
+    hessian = None
+    if isinstance(rounding, GPTQ):
+        # Apart from the rest, because it compiles once for all weights with as many inputs.
+        hessian = factor_hessian(_gram(stats), spec, rounding)
+    return _round_group(tuple(weights), stats, hessian, scale, spec, rounding)
 
 
-@functools.partial(jax.jit, static_argnames=("sizes", "spec", "rounding"))
-def _round_group(w, stats, scale, sizes, spec, rounding):
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    damp, failed = jnp.float32(0), jnp.bool_(False)
+@functools.partial(jax.jit, static_argnames=("spec", "rounding"))
+def _round_group(weights, stats, hessian, scale, spec, rounding):
+    weights = [w.astype(jnp.float32) for w in weights]
     if spec.granularity in ("tensor", "block"):
         # Outputs share scales within a linear: linears must not see each other.
-        parts = [
-            _round(w[:, a : a + n], stats, spec, rounding)
-            for a, n in zip(starts, sizes, strict=True)
-        ]
+        parts = [_round(w, stats, hessian, spec, rounding) for w in weights]
         solutions = [part[0] for part in parts]
         damp = jnp.max(jnp.stack([part[1] for part in parts]))
         failed = jnp.any(jnp.stack([part[2] for part in parts]))
     else:
-        whole, damp, failed = _round(w, stats, spec, rounding)
-        solutions = [whole.columns(a, a + n) for a, n in zip(starts, sizes, strict=True)]
+        whole, damp, failed = _round(
+            jnp.concatenate(weights, axis=1), stats, hessian, spec, rounding
+        )
+        starts = [sum(w.shape[1] for w in weights[:i]) for i in range(len(weights))]
+        solutions = [whole.columns(a, a + w.shape[1]) for a, w in zip(starts, weights, strict=True)]
     input_scale = static_input_scale(stats, spec)
     qtensors = tuple(s.to_qtensor(spec, input_scale=input_scale) for s in solutions)
-    rounded = jnp.concatenate([s.dequantize(spec) for s in solutions], axis=1)
-    report = _report(w.astype(jnp.float32), rounded, stats, scale, sizes, spec)
-    return qtensors, report._replace(damp=damp, failed=failed)
+    rounded = [s.dequantize(spec) for s in solutions]
+    return qtensors, _report(weights, rounded, stats, scale, spec, damp, failed)
 
 
-def _round(w, stats, spec, rounding) -> tuple[Solution, jax.Array, jax.Array]:
-    gram = None if stats is None else stats.gram
+def _round(w, stats, hessian, spec, rounding) -> tuple[Solution, jax.Array, jax.Array]:
     if isinstance(rounding, GPTQ):
-        solution, info = gptq_quantize(w, gram, spec, rounding)
+        solution, info = gptq_solve(w, hessian, spec, rounding)
         return solution, info.damp, info.failed
+    gram = _gram(stats) if rounding.needs_statistics else None
     return rtn_quantize(w, spec, rounding.clip, gram), jnp.float32(0), jnp.bool_(False)
+
+
+def _gram(stats: InputStats | None) -> jax.Array:
+    if stats is None:
+        raise CalibrationError("this method needs statistics of the weights' inputs, and has none")
+    return stats.gram
 
 
 def static_input_scale(stats: InputStats | None, spec: QuantSpec) -> jax.Array | None:
@@ -105,40 +114,42 @@ def static_input_scale(stats: InputStats | None, spec: QuantSpec) -> jax.Array |
 
 
 def _report(
-    w: Float[Array, "K N"],
-    rounded: Float[Array, "K N"],
+    weights: Sequence[jax.Array],
+    rounded: Sequence[jax.Array],
     stats: InputStats | None,
     scale: Float[Array, "K"] | None,
-    sizes: tuple[int, ...],
     spec: QuantSpec,
+    damp: jax.Array,
+    failed: jax.Array,
 ) -> GroupReport:
-    weight_error = _per_linear_ratio(jnp.square(w - rounded), jnp.square(w), sizes)
+    w, q = (jnp.concatenate(list(parts), axis=1) for parts in (weights, rounded))
+    # [outputs, linears]: which output is whose.  Sums over outputs are products with it.
+    owner = jnp.repeat(jnp.eye(len(weights)), np.array([w.shape[1] for w in weights]), axis=0)
+    energy = jnp.sum(jnp.square(jnp.stack([w - q, w])), axis=1) @ owner
+    weight_error = _ratio(energy[0], energy[1])
     if stats is None:
-        unknown = jnp.full((len(sizes),), jnp.nan)
-        return GroupReport(weight_error, unknown, unknown, jnp.float32(0), jnp.bool_(False))
-    if scale is None:
-        nearest = rtn_quantize(w, spec).dequantize(spec)
-    else:
-        original = w / scale[:, None]
-        nearest = rtn_quantize(original, spec).dequantize(spec) * scale[:, None]
-
-    def energy(d: jax.Array) -> jax.Array:
-        return d * jnp.matmul(stats.gram, d, precision=jax.lax.Precision.HIGHEST)
-
-    total = energy(w)
+        unknown = jnp.full((len(weights),), jnp.nan)
+        return GroupReport(weight_error, unknown, unknown, damp, failed)
+    original = w if scale is None else w / scale[:, None]
+    nearest = jnp.concatenate(
+        [
+            rtn_quantize(part, spec).dequantize(spec)
+            for part in jnp.split(original, np.cumsum([w.shape[1] for w in weights])[:-1], axis=1)
+        ]
+        if spec.granularity in ("tensor", "block")
+        else [rtn_quantize(original, spec).dequantize(spec)],
+        axis=1,
+    )
+    if scale is not None:
+        nearest = nearest * scale[:, None]
+    # The output energy of D is tr(D' H D), by output and then by linear.
+    parts = jnp.stack([w - q, w, w - nearest])
+    seen = jnp.einsum("jk,pkn->pjn", stats.gram, parts, precision=jax.lax.Precision.HIGHEST)
+    energy = jnp.sum(parts * seen, axis=1) @ owner
     return GroupReport(
-        weight_error,
-        _per_linear_ratio(energy(w - rounded), total, sizes),
-        _per_linear_ratio(energy(w - nearest), total, sizes),
-        jnp.float32(0),
-        jnp.bool_(False),
+        weight_error, _ratio(energy[0], energy[1]), _ratio(energy[2], energy[1]), damp, failed
     )
 
 
-def _per_linear_ratio(part: jax.Array, whole: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
-    ratios, start = [], 0
-    for size in sizes:
-        top, bottom = (jnp.sum(a[:, start : start + size]) for a in (part, whole))
-        ratios.append(jnp.sqrt(jnp.maximum(top, 0.0) / jnp.where(bottom > 0, bottom, 1.0)))
-        start += size
-    return jnp.stack(ratios)
+def _ratio(part: jax.Array, whole: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.maximum(part, 0.0) / jnp.where(whole > 0, whole, 1.0))

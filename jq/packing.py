@@ -1,4 +1,4 @@
-"""Dense packing of small unsigned integers into bytes: the portable layout of checkpoints (layout version 1).
+"""Dense packing of small unsigned integers into bytes: the layout of checkpoints (version 1).
 
 Eight consecutive codes along the packed axis become `bits` bytes, as one little-endian bit stream:
 code j of the eight holds stream bits [bits*j, bits*(j+1)), the lowest first.  2, 3, 4, ... bits per
@@ -32,18 +32,18 @@ def pack(codes: jax.Array, bits: int, axis: int = -2) -> jax.Array:
     """
     if bits == 8:
         return codes.astype(jnp.uint8)
-    x = jnp.moveaxis(codes, axis, -1).astype(jnp.uint8)
-    pad = -x.shape[-1] % _LANES
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, pad)])
-    x = x.reshape(*x.shape[:-1], -1, _LANES)
-    streams = [jnp.zeros(x.shape[:-1], jnp.uint8) for _ in range(bits)]
+    # The packed axis goes first, so that a lane of all groups of eight is one contiguous slice.
+    x = jnp.moveaxis(codes, axis, 0).astype(jnp.uint8)
+    x = jnp.pad(x, [(0, -x.shape[0] % _LANES)] + [(0, 0)] * (x.ndim - 1))
+    x = x.reshape(-1, _LANES, *x.shape[1:])
+    streams = [jnp.zeros_like(x[:, 0]) for _ in range(bits)]
     for lane in range(_LANES):
         byte, shift = divmod(lane * bits, 8)
-        streams[byte] |= x[..., lane] << jnp.uint8(shift)
+        streams[byte] |= x[:, lane] << jnp.uint8(shift)
         if shift + bits > 8:
-            streams[byte + 1] |= x[..., lane] >> jnp.uint8(8 - shift)
-    packed = jnp.stack(streams, -1).reshape(*x.shape[:-2], -1)
-    return jnp.moveaxis(packed, -1, axis)
+            streams[byte + 1] |= x[:, lane] >> jnp.uint8(8 - shift)
+    packed = jnp.stack(streams, axis=1).reshape(-1, *x.shape[2:])
+    return jnp.moveaxis(packed, 0, axis)
 
 
 def unpack(packed: jax.Array, bits: int, size: int, axis: int = -2) -> jax.Array:

@@ -95,7 +95,24 @@ class GPTQInfo(NamedTuple):
     failed: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "config"))
+class HessianFactor(NamedTuple):
+    """What a solve needs of the Hessian; it depends on the inputs only, not on the weights.
+
+    order: int32 [K], the order in which inputs are quantized, or None.
+    group_order: int32 [G], the order of the groups (GAR), or None.
+    gram: float32 [K, K], undamped, in that order.
+    root: float32 [K, K], upper triangular R with gram + damping = R R'.
+    damp, failed: see `GPTQInfo`.
+    """
+
+    order: jax.Array | None
+    group_order: jax.Array | None
+    gram: jax.Array
+    root: jax.Array
+    damp: jax.Array
+    failed: jax.Array
+
+
 def gptq_quantize(
     w: jax.Array, gram: jax.Array, spec: QuantSpec, config: GPTQ
 ) -> tuple[Solution, GPTQInfo]:
@@ -108,19 +125,30 @@ def gptq_quantize(
       config: the options.
     Returns: the solution (with `order` for desc_act without static_groups) and what happened.
     """
-    w = w.astype(jnp.float32)
+    return gptq_solve(w, factor_hessian(gram, spec, config), spec, config)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "config"))
+def factor_hessian(gram: jax.Array, spec: QuantSpec, config: GPTQ) -> HessianFactor:
+    """Order the inputs and factor the Hessian: once for all weights [K, ...] that share the inputs."""
     order, group_order = _processing_order(gram, spec, config)
     permuted = gram if order is None else gram[order][:, order]
     damp, root, failed = _damped_root(permuted, config.damp_percent)
-    unit = root / jnp.diagonal(root)[None, :]
-    rows = w if order is None else w[order]
-    if config.static_groups:
-        solution, residual = _solve_static(rows, w, order, unit, gram, spec, config)
-    else:
-        solution, residual = _solve_dynamic(rows, unit, permuted, spec, config)
-    loss = jnp.sum(jnp.square(jnp.diagonal(root)[:, None] * residual))
-    solution = _restore_rows(solution, order, group_order, spec, config)
-    return solution, GPTQInfo(loss, damp, failed)
+    return HessianFactor(order, group_order, permuted, root, damp, failed)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "config"))
+def gptq_solve(
+    w: jax.Array, hessian: HessianFactor, spec: QuantSpec, config: GPTQ
+) -> tuple[Solution, GPTQInfo]:
+    """`gptq_quantize` with the Hessian already factored."""
+    w = w.astype(jnp.float32)
+    unit = hessian.root / jnp.diagonal(hessian.root)[None, :]
+    solve = _solve_static if config.static_groups else _solve_dynamic
+    solution, errors = solve(w, hessian, unit, spec, config)
+    loss = jnp.sum(jnp.square(_dot(hessian.root.T, errors)))
+    solution = _restore_rows(solution, hessian.order, hessian.group_order, spec, config)
+    return solution, GPTQInfo(loss, hessian.damp, hessian.failed)
 
 
 def _processing_order(
@@ -159,7 +187,8 @@ def _damped_root(gram: jax.Array, damp_percent: float) -> tuple[jax.Array, jax.A
         return lax.linalg.cholesky(damped[::-1, ::-1], symmetrize_input=False)[::-1, ::-1]
 
     def bad(root):
-        return ~jnp.all(jnp.isfinite(root)) | jnp.any(jnp.diagonal(root) <= 0)
+        # A failed factorisation is NaN all over, and NaN > 0 is false.
+        return ~(jnp.min(jnp.diagonal(root)) > 0)
 
     def attempt(state):
         tries, damp, _ = state
@@ -178,8 +207,10 @@ def _largest_divisor(size: int, limit: int) -> int:
     return next(d for d in range(min(size, limit), 0, -1) if size % d == 0)
 
 
-def _solve_dynamic(w, unit, gram, spec, config):
-    """Groups are runs of consecutive rows of `w`, their ranges those of the compensated weights."""
+def _solve_dynamic(w, hessian, unit, spec, config):
+    """Groups are runs of consecutive rows in processing order, their ranges those of the compensated
+    weights."""
+    w = w if hessian.order is None else w[hessian.order]
     k, n = w.shape
     groups = spec.num_groups(k)
     size = k // groups
@@ -196,32 +227,34 @@ def _solve_dynamic(w, unit, gram, spec, config):
             )
         else:
             rows_now = rows
-        block = lax.dynamic_slice(gram, (start, start), (size, size))
+        block = lax.dynamic_slice(hessian.gram, (start, start), (size, size))
         lo, hi = weight_range(rows_now[None], spec, config.clip, block)
         scale, zero = grid.scale_and_zero(lo[0], hi[0], spec)
-        errors, codes, residual = _round_rows(
+        errors, codes = _round_rows(
             errors, w, unit, start, size, lambda _: (scale[0], zero[0]), spec, config
         )
-        return errors, (codes, residual, scale[0], zero[0])
+        return errors, (codes, scale[0], zero[0])
 
-    errors = jnp.zeros((k, n), jnp.float32)
-    _, (codes, residual, scale, zero) = lax.scan(group, errors, jnp.arange(groups))
-    return Solution(codes.reshape(k, n), scale, zero), residual.reshape(k, n)
+    start = jnp.zeros((k, n), jnp.float32)
+    errors, (codes, scale, zero) = lax.scan(group, start, jnp.arange(groups))
+    return Solution(codes.reshape(k, n), scale, zero), errors
 
 
-def _solve_static(w, original, order, unit, gram, spec, config):
+def _solve_static(w, hessian, unit, spec, config):
     """Groups are runs of rows of the original weight, their ranges fixed before any rounding."""
     k, n = w.shape
-    lo, hi = weight_range(grid.split_groups(original, spec), spec, config.clip, gram)
+    order, back = hessian.order, jnp.argsort(hessian.order)
+    gram = hessian.gram[back][:, back] if config.clip == "output" else None
+    lo, hi = weight_range(grid.split_groups(w, spec), spec, config.clip, gram)
     scale, zero = (a[:, 0] for a in grid.scale_and_zero(lo, hi, spec))
     group_of = order // (k // scale.shape[0])
 
     def row_grid(row):
         return scale[group_of[row]], zero[group_of[row]]
 
-    errors = jnp.zeros((k, n), jnp.float32)
-    _, codes, residual = _round_rows(errors, w, unit, 0, k, row_grid, spec, config)
-    return Solution(codes, scale, zero), residual
+    start = jnp.zeros((k, n), jnp.float32)
+    errors, codes = _round_rows(start, w[order], unit, 0, k, row_grid, spec, config)
+    return Solution(codes, scale, zero), errors
 
 
 def _round_rows(errors, w, unit, start, count, row_grid, spec, config):
@@ -241,28 +274,19 @@ def _round_rows(errors, w, unit, start, count, row_grid, spec, config):
         pulled = rows + _dot(u.T, errors)
 
         def row(i, state):
-            new, codes, residual = state
+            new, codes = state
             scale, zero = row_grid(first + i)
-            target = pulled[i] + _dot(within[:, i], new)
-            code = grid.encode(target, scale, zero, spec)
-            value = grid.decode(code, scale, zero, spec)
-            return (
-                new.at[i].set(rows[i] - value),
-                codes.at[i].set(code),
-                residual.at[i].set(target - value),
-            )
+            code = grid.encode(pulled[i] + _dot(within[:, i], new), scale, zero, spec)
+            error = rows[i] - grid.decode(code, scale, zero, spec)
+            return new.at[i].set(error), codes.at[i].set(code)
 
         code_dtype = jnp.float8_e4m3fn if spec.is_float else jnp.uint8
-        state = (
-            jnp.zeros((size, n), jnp.float32),
-            jnp.zeros((size, n), code_dtype),
-            jnp.zeros((size, n)),
-        )
-        new, codes, residual = lax.fori_loop(0, size, row, state)
-        return lax.dynamic_update_slice_in_dim(errors, new, first, axis=0), (codes, residual)
+        state = jnp.zeros((size, n), jnp.float32), jnp.zeros((size, n), code_dtype)
+        new, codes = lax.fori_loop(0, size, row, state)
+        return lax.dynamic_update_slice_in_dim(errors, new, first, axis=0), codes
 
-    errors, (codes, residual) = lax.scan(block, errors, jnp.arange(count // size))
-    return errors, codes.reshape(count, n), residual.reshape(count, n)
+    errors, codes = lax.scan(block, errors, jnp.arange(count // size))
+    return errors, codes.reshape(count, n)
 
 
 def _restore_rows(solution, order, group_order, spec, config):
