@@ -9,10 +9,11 @@ import pytest
 from jax import lax
 
 from jq import packing
-from jq.methods.gptq import GPTQ, gptq_quantize
+from jq.methods.gptq import GPTQ, factor_hessian, gptq_quantize, gptq_solve
 from jq.methods.rtn import rtn_quantize
 from jq.spec import FP8, QuantSpec
 from tests.jq import cases, jaxprs, problems
+from tests.jq.methods.test_gptq import quantize
 
 G16, ZERO = QuantSpec("int4", 16), QuantSpec("int3", 16, symmetric=False)
 CONFIGS = [
@@ -28,17 +29,20 @@ def shapes(k: int, n: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
 
 
 def test_gptq_compiles_once_for_each_shape():
-    spec = QuantSpec("int4", 16)
-    gptq_quantize(problems.weights(64, 12), problems.gram(64), spec, GPTQ())
-    before = gptq_quantize._cache_size()
+    """The factor once for each number of inputs, the solve once for each shape of the weight."""
+
+    def programs():
+        return factor_hessian._cache_size(), gptq_solve._cache_size()
+
+    quantize(problems.weights(64, 12), problems.gram(64), G16, GPTQ())
+    factors, solves = programs()
     for seed in range(3):
         # Equal options made anew, other numbers, statistics that fail: the same program.
         w, gram = problems.weights(64, 12, seed), problems.gram(64, seed=seed)
-        gptq_quantize(w, gram if seed else gram * np.nan, QuantSpec("int4", 16), GPTQ())
-    assert gptq_quantize._cache_size() == before
-    gptq_quantize.trace(problems.weights(32, 12), problems.gram(32), spec, GPTQ())
-    gptq_quantize(problems.weights(64, 6), problems.gram(64), ZERO, GPTQ())
-    assert gptq_quantize._cache_size() == before + 1
+        quantize(w, gram if seed else gram * np.nan, QuantSpec("int4", 16), GPTQ())
+    assert programs() == (factors, solves)
+    quantize(problems.weights(64, 6), problems.gram(64), G16, GPTQ())
+    assert programs() == (factors, solves + 1)
 
 
 def test_rtn_compiles_once_for_each_shape():

@@ -16,6 +16,11 @@ from tests.oracles import gptq as oracle
 from tests.oracles.formats import format_of
 
 
+def quantize(w, gram, spec, config):
+    """`gptq_quantize` of NumPy arrays."""
+    return gptq_quantize(jnp.asarray(w), jnp.asarray(gram), spec, config)
+
+
 def how_of(config: GPTQ) -> str:
     return "desc_act" if config.desc_act else "gar" if config.act_group_aware else "plain"
 
@@ -42,7 +47,7 @@ def check(w, gram, spec, config, most=0):
     Returns how many ties fell to the other side.  Without any, the codes are also those of the
     oracle left to itself.
     """
-    solution, info = gptq_quantize(jnp.asarray(w), jnp.asarray(gram), spec, config)
+    solution, info = quantize(w, gram, spec, config)
     assert not info.failed
     follow = problems.code_bytes(solution.codes)
     w = np.asarray(jnp.asarray(w, jnp.float32))
@@ -122,7 +127,7 @@ def test_clipping(clip, how, symmetric):
 def test_block_size_changes_no_code(block_size):
     w, gram = problems.weights(96, 12, 6), problems.gram(96, seed=7)
     spec = QuantSpec("int4", 48)  # larger than some blocks, no multiple of others
-    whole, _ = gptq_quantize(w, gram, spec, GPTQ())
+    whole, _ = quantize(w, gram, spec, GPTQ())
     solution, _ = check(w, gram, spec, GPTQ(block_size=block_size))
     np.testing.assert_array_equal(solution.codes, whole.codes)
     np.testing.assert_array_equal(solution.scale, whole.scale)
@@ -137,7 +142,7 @@ def test_narrow_weights_are_solved_in_float32():
     w = jnp.asarray(problems.weights(64, 12, 8), jnp.bfloat16)
     gram, spec = problems.gram(64, seed=9), QuantSpec("int4", 16)
     solution, _ = check(w, gram, spec, GPTQ())
-    wide, _ = gptq_quantize(w.astype(jnp.float32), gram, spec, GPTQ())
+    wide, _ = quantize(w.astype(jnp.float32), gram, spec, GPTQ())
     np.testing.assert_array_equal(solution.codes, wide.codes)
 
 
@@ -172,10 +177,10 @@ def test_a_disconnected_hessian_is_noticed():
     w, gram = problems.weights(64, 12), problems.gram(64)
     spec = QuantSpec("int4", 16)
     plain = rtn_quantize(w, spec)
-    without, _ = gptq_quantize(w, np.eye(64, dtype=np.float32), spec, GPTQ())
+    without, _ = quantize(w, np.eye(64, dtype=np.float32), spec, GPTQ())
     np.testing.assert_array_equal(without.codes, plain.codes)
     np.testing.assert_array_equal(without.scale, plain.scale)
-    solution, _ = gptq_quantize(w, gram, spec, GPTQ())
+    solution, _ = quantize(w, gram, spec, GPTQ())
     assert np.mean(np.asarray(solution.codes) != np.asarray(plain.codes)) > 0.2
     follow = problems.code_bytes(without.codes)
     expected = solve_oracle(w, gram, spec, GPTQ(), follow=follow)
@@ -187,7 +192,7 @@ def test_a_column_index_off_by_one_is_noticed():
     """Statistics of neighbouring inputs swapped: still better than RTN, and still refused."""
     w, gram = problems.weights(64, 12), problems.gram(64)
     spec = QuantSpec("int4", 16)
-    shifted, _ = gptq_quantize(w, np.roll(gram, 1, (0, 1)), spec, GPTQ())
+    shifted, _ = quantize(w, np.roll(gram, 1, (0, 1)), spec, GPTQ())
     expected = solve_oracle(w, gram, spec, GPTQ(), follow=problems.code_bytes(shifted.codes))
     with pytest.raises(AssertionError, match="away from the rounding boundary"):
         problems.count_ties(shifted.codes, expected.codes, expected.margins)
@@ -202,7 +207,7 @@ def test_output_error_beats_rounding(config):
         error = np.asarray(solution.dequantize(spec), np.float64) - w
         return np.einsum("kn,kj,jn->", error, gram.astype(np.float64), error)
 
-    solution, _ = gptq_quantize(w, gram, spec, config)
+    solution, _ = quantize(w, gram, spec, config)
     assert output_error(solution) < 0.7 * output_error(rtn_quantize(w, spec))
 
 
@@ -210,8 +215,8 @@ def test_the_scale_of_the_statistics_does_not_matter():
     """Sums and means over tokens give the same codes; the loss scales along."""
     w, gram = problems.weights(64, 12, 20), problems.gram(64, seed=21)
     spec = QuantSpec("int4", 16)
-    solution, info = gptq_quantize(w, gram, spec, GPTQ())
-    mean, mean_info = gptq_quantize(w, gram / np.float32(256), spec, GPTQ())
+    solution, info = quantize(w, gram, spec, GPTQ())
+    mean, mean_info = quantize(w, gram / np.float32(256), spec, GPTQ())
     np.testing.assert_array_equal(solution.codes, mean.codes)
     assert info.loss == pytest.approx(float(mean_info.loss) * 256, rel=1e-6)
 
@@ -219,9 +224,9 @@ def test_the_scale_of_the_statistics_does_not_matter():
 def test_outputs_are_independent():
     w, gram = problems.weights(64, 12, 22), problems.gram(64, seed=23)
     spec, config = QuantSpec("int3", 16), ORDERS["gar"]
-    whole, info = gptq_quantize(w, gram, spec, config)
-    left, left_info = gptq_quantize(w[:, :6], gram, spec, config)
-    right, right_info = gptq_quantize(w[:, 6:], gram, spec, config)
+    whole, info = quantize(w, gram, spec, config)
+    left, left_info = quantize(w[:, :6], gram, spec, config)
+    right, right_info = quantize(w[:, 6:], gram, spec, config)
     np.testing.assert_array_equal(whole.codes, np.hstack([left.codes, right.codes]))
     np.testing.assert_array_equal(whole.columns(6, 12).scale, right.scale)
     assert info.loss == pytest.approx(float(left_info.loss + right_info.loss), rel=1e-5)
@@ -232,9 +237,9 @@ def test_experts_are_solved_side_by_side():
     w = np.stack([problems.weights(64, 12, s) for s in (1, 2, 3)])
     gram = np.stack([problems.gram(64, seed=s) for s in (4, 5, 6)])
     spec, config = QuantSpec("int3", 16), GPTQ(desc_act=True)
-    many, info = jax.vmap(lambda w, g: gptq_quantize(w, g, spec, config))(w, gram)
+    many, info = jax.vmap(lambda w, g: quantize(w, g, spec, config))(w, gram)
     for expert in range(3):
-        one, one_info = gptq_quantize(w[expert], gram[expert], spec, config)
+        one, one_info = quantize(w[expert], gram[expert], spec, config)
         np.testing.assert_array_equal(many.codes[expert], one.codes)
         np.testing.assert_array_equal(many.order[expert], one.order)
         assert info.loss[expert] == pytest.approx(float(one_info.loss), rel=1e-4)

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from jq.errors import SpecError
-from jq.methods.gptq import GPTQ, gptq_quantize
+from jq.methods.gptq import GPTQ
 from jq.methods.rtn import rtn_quantize
 from jq.spec import QuantSpec
 from tests.jq import problems
-from tests.jq.methods.test_gptq import check
+from tests.jq.methods.test_gptq import check, quantize
 
 SPEC = QuantSpec("int4", 16)
 
@@ -43,11 +43,12 @@ def test_no_damping_is_raised_from_zero():
     assert info.damp == pytest.approx(1e-3)
 
 
+@pytest.mark.parametrize("where", [(3, 7), (3, 3)], ids=["off the diagonal", "on it"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_broken_statistics_are_reported_and_rounded_to_nearest(bad):
+def test_broken_statistics_are_reported_and_rounded_to_nearest(bad, where):
     w, gram = problems.weights(64, 12, 4), problems.gram(64)
-    gram[3, 7] = gram[7, 3] = bad
-    solution, info = gptq_quantize(w, gram, SPEC, GPTQ())
+    gram[where] = gram[where[::-1]] = bad
+    solution, info = quantize(w, gram, SPEC, GPTQ())
     assert info.failed
     plain = rtn_quantize(w, SPEC)
     np.testing.assert_array_equal(solution.codes, plain.codes)
@@ -56,7 +57,7 @@ def test_broken_statistics_are_reported_and_rounded_to_nearest(bad):
 
 def test_a_fallback_with_act_order_has_rows_where_its_order_says():
     w, gram = problems.weights(64, 12, 5), np.full((64, 64), np.nan, np.float32)
-    solution, info = gptq_quantize(w, gram, SPEC, GPTQ(desc_act=True))
+    solution, info = quantize(w, gram, SPEC, GPTQ(desc_act=True))
     assert info.failed
     expected = rtn_quantize(w, SPEC).dequantize(SPEC)
     np.testing.assert_array_equal(solution.dequantize(SPEC), expected)
@@ -75,7 +76,7 @@ def test_dead_inputs(dead):
 
 def test_no_input_was_ever_on():
     w = problems.weights(64, 12, 7)
-    solution, info = gptq_quantize(w, np.zeros((64, 64), np.float32), SPEC, GPTQ())
+    solution, info = quantize(w, np.zeros((64, 64), np.float32), SPEC, GPTQ())
     assert not info.failed
     np.testing.assert_array_equal(solution.codes, rtn_quantize(w, SPEC).codes)
 
@@ -101,9 +102,9 @@ def test_equal_diagonals_keep_the_inputs_order():
 
 def test_large_and_small_statistics():
     w, gram = problems.weights(64, 12, 10), problems.gram(64)
-    solution, _ = gptq_quantize(w, gram, SPEC, GPTQ())
+    solution, _ = quantize(w, gram, SPEC, GPTQ())
     for power in (-40, 60):
-        other, _ = gptq_quantize(w, gram * np.float32(2.0**power), SPEC, GPTQ())
+        other, _ = quantize(w, gram * np.float32(2.0**power), SPEC, GPTQ())
         np.testing.assert_array_equal(other.codes, solution.codes)
 
 
@@ -124,14 +125,14 @@ def test_contradictory_options(options, message):
 
 def test_group_size_that_does_not_divide():
     with pytest.raises(SpecError, match=r"group_size 48 .*64 inputs.*16, 32, 64"):
-        gptq_quantize(problems.weights(64, 12), problems.gram(64), QuantSpec("int4", 48), GPTQ())
+        quantize(problems.weights(64, 12), problems.gram(64), QuantSpec("int4", 48), GPTQ())
 
 
 def test_solutions_become_qtensors():
     """Codes, grids and order survive packing."""
     spec = QuantSpec("int3", 16, symmetric=False)
     w, gram = problems.weights(64, 12, 11), problems.gram(64)
-    solution, _ = gptq_quantize(w, gram, spec, GPTQ(desc_act=True))
+    solution, _ = quantize(w, gram, spec, GPTQ(desc_act=True))
     packed = solution.to_qtensor(spec)
     np.testing.assert_array_equal(packed.dequantize(), solution.dequantize(spec))
     np.testing.assert_array_equal(packed.order, solution.order)
