@@ -8,6 +8,7 @@ before the next comes in.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -22,6 +23,7 @@ from jq.calib.report import BlockReport, LinearReport, Progress, ProgressCallbac
 from jq.calib.scaling import Scaling, choose_scale, sample, scales_input
 from jq.calib.stages import Stream, prepare_block, run_stage
 from jq.errors import CalibrationError, NonFiniteError, SpecError
+from jq.evaluate.forward import vocabulary_size
 from jq.folding import fold
 from jq.group import GroupReport, round_group
 from jq.methods.gptq import GPTQ
@@ -120,6 +122,9 @@ def quantize_blocks(
     """
     plan = {name: _rules(model.linear_groups, recipe, name) for name in model.block_names}
     _check_recipe(recipe, plan)
+    for name, rules in plan.items():
+        for group, some in zip(model.linear_groups, rules, strict=True):
+            _scaling_method(name, group, some)
     calibrating = any(needs_calibration(r) for rules in plan.values() for r in _flat(rules))
     clock = _Clock(progress, len(model.block_names) * len(model.linear_groups))
     stream = None
@@ -159,7 +164,8 @@ def _check_recipe(recipe: Recipe, plan: Mapping[str, Rules]) -> None:
 def _first_stream(model: BlockwiseModel, source: BlockSource, tokens: Any, mask: Any) -> Stream:
     if tokens is None:
         raise CalibrationError(
-            "this recipe learns from calibration tokens and none were given; pass tokens, or use RTN"
+            "this recipe learns from calibration tokens and none were given; pass tokens, "
+            "or use RTN"
         )
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
@@ -169,16 +175,32 @@ def _first_stream(model: BlockwiseModel, source: BlockSource, tokens: Any, mask:
     if mask is not None and np.shape(mask) != tokens.shape:
         raise CalibrationError(f"mask {np.shape(mask)} does not fit tokens {tokens.shape}")
     outer = source.outer()
-    vocabulary = tree.get(outer, "embed/embedding").shape[0]
+    vocabulary = vocabulary_size(model, outer)
     if tokens.min() < 0 or tokens.max() >= vocabulary:
         raise CalibrationError(
-            f"calibration token ids {tokens.min()}..{tokens.max()} are not all in the model's vocabulary "
-            f"0..{vocabulary - 1}: were they made by this model's tokenizer?"
+            f"calibration token ids {tokens.min()}..{tokens.max()} are not all in the model's "
+            f"vocabulary 0..{vocabulary - 1}: were they made by this model's tokenizer?"
         )
-    embed = {"embed": outer["embed"]}
-    x = jax.jit(model.embed)(embed, jnp.asarray(tokens, jnp.int32))
     mask = None if mask is None else jnp.asarray(mask, bool)
-    return Stream(x, None, mask)
+    return Stream(_embed(model, outer, jnp.asarray(tokens, jnp.int32)), None, mask)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(model: BlockwiseModel, outer: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
+    # What the embedding does not read (the output head) is not sent to the device.
+    return model.embed(outer, tokens)
+
+
+def _scaling_method(block: str, group: LinearGroup, rules: Sequence[Rule | None]) -> Any:
+    """The method that scales a group's input, or None; SpecError where its linears disagree."""
+    methods = {rule.method for rule in rules if rule is not None}
+    scaling = {m for m in methods if scales_input(m, group)}
+    if len(scaling) > 1 or (scaling and methods != scaling):
+        raise SpecError(
+            f"{block}: {', '.join(group.linears)} read the same input and are given different "
+            f"methods, {', '.join(sorted(map(str, methods)))}: one scale must serve them all"
+        )
+    return next(iter(scaling), None)
 
 
 class _Clock:
@@ -248,7 +270,7 @@ class _BlockWork:
     ) -> tuple[Any, dict[int, InputStats], dict[int, Scaling]]:
         """Statistics of every group on this block's own weights; scales chosen and folded."""
         stats_of, scales = {}, {}
-        for index, group in enumerate(self.groups):
+        for index in range(len(self.groups)):
             stream, stats = self._stage(index, params, stream, True)
             assert stats is not None
             stats_of[index] = stats
@@ -273,18 +295,11 @@ class _BlockWork:
             chosen[index] = scaling._replace(scale=exact)
         return params, stats_of, chosen
 
-    def _scaling_method(self, index: int) -> Any:
-        methods = {rule.method for rule in self.rules[index] if rule is not None}
-        scaling = {m for m in methods if scales_input(m, self.groups[index])}
-        if len(scaling) > 1 or (scaling and methods != scaling):
-            raise SpecError(
-                f"{self.name}: {', '.join(self.groups[index].linears)} read the same input and are given "
-                f"different methods, {', '.join(map(str, methods))}: one scale must serve them all"
-            )
-        return next(iter(scaling), None)
-
     def _scales_anything(self) -> bool:
         return any(self._scaling_method(i) is not None for i in range(len(self.groups)))
+
+    def _scaling_method(self, index: int) -> Any:
+        return _scaling_method(self.name, self.groups[index], self.rules[index])
 
     def _sequential(self) -> bool:
         roundings = [rounding_of(rule.method) for rule in _flat(self.rules)]

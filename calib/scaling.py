@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 
 
 class Scaling(NamedTuple):
-    """scale: float32 [K], constant over channels that share one; choice: the exponent (NaN: no scaling)."""
+    """A scale, and how it was chosen.
+
+    scale: float32 [K], constant over channels that share one.
+    choice: the exponent; NaN where no scaling was the best.
+    """
 
     scale: jax.Array
     choice: jax.Array
@@ -120,8 +124,9 @@ def _block_part_loss(
     stream: Stream,
     specs: Sequence[QuantSpec | None],
 ) -> Callable[[jax.Array], jax.Array] | None:
-    """Squared error of the attention's or the MLP's output when this group is rounded: the error of the next
-    group's input, seen through the next group's weights.
+    """Squared error of the attention's or the MLP's output when this group is rounded.
+
+    That is the error of the next group's input, seen through the next group's weights.
 
     None for a group of one linear, whose output error the Gram matrix gives exactly and over all
     tokens.

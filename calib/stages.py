@@ -59,11 +59,17 @@ def run_stage(
     """Run stage `index` on every sample, `batch_size` at a time.
 
     Statistics are added sample by sample, so the batch size changes neither their order nor their
-    sums. Quantized weights without 8-bit activations are dequantized once per call, not once per
-    sample.
+    sums. Where activations have one scale per call, a call is one sample. Quantized weights without
+    8-bit activations are dequantized once per call, not once per sample.
     """
     params = dequantized(params, stream.x.dtype)
     samples = stream.x.shape[0]
+    if _scales_per_call(params):
+        batch_size = 1
+    if stream.mask is not None:
+        # Padding must not decide about the scale of quantized activations either.
+        x = jnp.where(stream.mask[:, :, None], stream.x, jnp.zeros((), stream.x.dtype))
+        stream = stream._replace(x=x)
     batch = max(b for b in range(1, min(batch_size, samples) + 1) if samples % b == 0)
     batches = jax.tree.map(lambda a: a.reshape(-1, batch, *a.shape[1:]), stream)
 
@@ -106,6 +112,12 @@ def prepare_block(params: Any) -> tuple[Any, Any]:
 
     finite = jax.tree.map(lambda leaf: jnp.sum(leaf.astype(jnp.float32) * 0.0) == 0, params)
     return jax.tree_util.tree_map_with_path(wide, params), finite
+
+
+def _scales_per_call(params: Any) -> bool:
+    tensors = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+    specs = [w.spec.activation for w in tensors if isinstance(w, QTensor)]
+    return any(act and act.granularity == "tensor" and not act.static for act in specs)
 
 
 def dequantized(params: Any, dtype: Any) -> Any:
