@@ -78,7 +78,8 @@ def quantize_checkpoint(
       out: the folder to make; it appears complete or not at all.
       recipe: see `jq.recipe`.
       calibration: see `jq.calib.source`; None where no rule learns from it.
-      batch_size: calibration samples run at a time; results do not depend on it.
+      batch_size: calibration samples run at a time; a matter of speed and memory, which may move
+        results by a rounding.
       overwrite: replace an existing jaxq checkpoint.
       progress: called after each group of linears.
       meta: further facts for the manifest, beside "model", "recipe" and "calibration".

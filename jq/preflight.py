@@ -22,6 +22,8 @@ def check_recipe(recipe: Recipe, linears: Shapes, others: Iterable[str] = ()) ->
       others: paths of the other tensors, which a rule may leave in full precision by name.
     """
     deciding = {path: resolve(recipe, path) for path in linears}
+    if not any(deciding.values()):
+        raise SpecError("the recipe quantizes nothing: no rule with a spec comes first anywhere")
     for rule in recipe:
         if rule.spec is None:
             used = any(re.search(rule.pattern, path) for path in (*linears, *others))
@@ -32,8 +34,6 @@ def check_recipe(recipe: Recipe, linears: Shapes, others: Iterable[str] = ()) ->
                 f"rule {rule.pattern!r} decides about nothing: linears are named like "
                 "'layers_0/attention/q_proj', and earlier rules come first"
             )
-    if not any(deciding.values()):
-        raise SpecError("the recipe quantizes nothing: no rule with a spec")
     check_group_sizes(recipe, linears)
 
 

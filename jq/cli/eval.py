@@ -70,9 +70,12 @@ def run(arguments: Sequence[str]) -> int:
     from jq.models import ModelConfig
 
     config = ModelConfig.from_folder(folder)
-    seq_len = _window(args.seq_len, config.max_position_embeddings)
+    context = config.max_position_embeddings
+    seq_len = min(_LONGEST if args.seq_len is None else args.seq_len, context)
     most = None if args.max_windows is None else max(args.max_windows, 1) * max(seq_len, 1)
     tokens = _tokens(text, folder, config.vocab_size, most)
+    if args.seq_len is not None and args.seq_len > context:
+        note(f"seq_len {args.seq_len} is cut to the model's context of {context} tokens")
     model, params = load(folder)
     reference_model = reference_params = None
     if reference_folder is not None:
@@ -107,15 +110,6 @@ def _text(given: str | None, folder: Path) -> str:
         "perplexity of which text? give --text with a .txt, .jsonl or .npy file, or wikitext2 or "
         "c4, which are downloaded"
     )
-
-
-def _window(seq_len: int | None, context: int) -> int:
-    if seq_len is None:
-        return min(_LONGEST, context)
-    if seq_len > context:
-        note(f"seq_len {seq_len} is cut to the model's context of {context} tokens")
-        return context
-    return seq_len
 
 
 def _tokens(text: str, folder: Path, vocab_size: int, most: int | None) -> np.ndarray:

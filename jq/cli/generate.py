@@ -61,10 +61,10 @@ def run(arguments: Sequence[str]) -> int:
     from jq.models import ModelConfig, Sampling, Tokenizer
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
-    if args.temperature == 0 and (args.top_k or args.top_p):
-        note("temperature 0 takes the most likely token: --top-k and --top-p change nothing")
     tokenizer = Tokenizer(folder, ModelConfig.from_folder(folder).vocab_size)
     model, params = load(folder)
+    if args.temperature == 0 and (args.top_k or args.top_p):
+        note("temperature 0 takes the most likely token: --top-k and --top-p change nothing")
     key = jax.random.key(args.seed)
     start = time.perf_counter()
     one = len(args.prompt) == 1

@@ -7,6 +7,8 @@ from pathlib import Path
 from jq.errors import ModelError
 
 DEMO = "demo"
+# What the manifest of a checkpoint made of it calls the model.
+DEMO_NAME = "jaxq demo model"
 
 
 def model_folder(name: str) -> Path:
@@ -32,7 +34,7 @@ def made_of_demo(path: Path) -> bool:
 
     if path.resolve() == demo_model_path():
         return True
-    return is_checkpoint(path) and read_manifest(path).meta.get("model") == demo_model_path().name
+    return is_checkpoint(path) and read_manifest(path).meta.get("model") == DEMO_NAME
 
 
 def demo_text(name: str) -> Path:

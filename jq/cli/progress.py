@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any, Self
+from typing import Any
 
 from jq.cli.output import time_text
 
@@ -22,7 +22,7 @@ class Meter:
         self._start = self._last = time.perf_counter()
         self._bar: Any = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Meter:
         """Draw the bar, if there is a terminal."""
         if sys.stderr.isatty():
             from rich.console import Console

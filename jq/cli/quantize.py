@@ -12,7 +12,7 @@ import tyro
 from jq.calib.config import CalibrationConfig
 from jq.calib.report import Progress
 from jq.calib.tokens import CalibrationData
-from jq.cli.models import demo_text, made_of_demo, model_folder
+from jq.cli.models import DEMO_NAME, demo_text, made_of_demo, model_folder
 from jq.cli.options import options_class, parse, peek, rebuild
 from jq.cli.output import note, print_facts, size_text, time_text, warn
 from jq.cli.progress import Meter
@@ -81,11 +81,12 @@ def run(arguments: Sequence[str]) -> int:
             batch_size=calibration_config.batch_size,
             overwrite=args.overwrite,
             progress=lambda step: meter.show(step.done, step.total, _step_text(step)),
+            meta={"model": DEMO_NAME} if made_of_demo(folder) else None,
         )
     for text in dict.fromkeys(text for linear in report.linears for text in linear.warnings):
         count = sum(text in linear.warnings for linear in report.linears)
         warn(f"{text} ({count} linears)")
-    _summarize(report, args.model)
+    _summarize(report)
     return 0
 
 
@@ -162,13 +163,11 @@ def _calibration(
                 "or choose --method rtn, which needs none"
             )
         config = dataclasses.replace(config, calib_dataset=str(demo_text("calibration.txt")))
-    context = source.config.max_position_embeddings
-    if config.calib_seqlen > context:
-        note(
-            f"calib_seqlen {config.calib_seqlen} is cut to the model's context of {context} tokens"
-        )
-        config = dataclasses.replace(config, calib_seqlen=context)
+    asked, context = config.calib_seqlen, source.config.max_position_embeddings
+    config = dataclasses.replace(config, calib_seqlen=min(asked, context))
     data = read_calibration(source, config)
+    if asked > context:
+        note(f"calib_seqlen {asked} is cut to the model's context of {context} tokens")
     for text in data.warnings:
         warn(text)
     return data
@@ -190,7 +189,7 @@ def _step_text(step: Progress) -> str:
     return f"{step.block} {step.group}{error}"
 
 
-def _summarize(report: RunReport, model: str) -> None:
+def _summarize(report: RunReport) -> None:
     totals = quantized_totals(report.path)
     facts = [
         ("checkpoint", str(report.path)),
