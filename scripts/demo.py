@@ -1,0 +1,321 @@
+"""Quantize the embedded model with every method, measure what each costs, and let one write text.
+
+    ./scripts/demo --out demo-output
+
+It is an example as well: load, calibrate, quantize, evaluate, save, load, generate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file: find scripts.*
+
+from jq import tree
+from jq.api import load, save
+from jq.calib import CalibrationConfig, calibration_data, quantize_model, token_stream
+from jq.demo_model import demo_model_path
+from jq.errors import JaxqError
+from jq.evaluate import Evaluation, evaluate
+from jq.models import Sampling, Tokenizer, stream_text
+from jq.presets import preset
+from jq.qtensor import QTensor
+from jq.recipe import uniform
+from scripts import _report
+from scripts._report import Column, GrowingTable, Point
+
+# Name in the table and the plot -> (preset, its changes). 8-bit ones quantize activations as well.
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "RTN": ("rtn", {"symmetric": False}),
+    "AWQ": ("awq", {"symmetric": False}),
+    "GPTQ": ("gptq", {"symmetric": False}),
+    "GPTQ act order": ("gptq-act-order", {"symmetric": False}),
+    "int8": ("int8", {}),
+    "SmoothQuant int8": ("smoothquant", {}),
+    "fp8": ("fp8", {}),
+}
+EIGHT_BIT = ("int8", "SmoothQuant int8", "fp8")
+SAVED = ("GPTQ", 4)
+
+COLUMNS = (
+    Column("method", 16, "l"),
+    Column("weights", 9, "l"),
+    Column("bits/weight", 11),
+    Column("MB", 5),
+    Column("perplexity", 17),
+    Column("increase", 17),
+    Column("KL (nats)", 19),
+    Column("seconds", 7),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of the demonstration.
+
+    Attributes:
+        out: the folder for the results and the quantized model.
+        bits: of the weight-only methods.
+        calib_samples: windows of 256 tokens to calibrate on.
+        windows: held-out windows of 256 tokens to measure on.
+        prompt: what the quantized model continues.
+        new_tokens: how many it writes.
+    """
+
+    out: Path = Path("demo-output")
+    bits: tuple[int, ...] = (4, 3)
+    calib_samples: int = 32
+    windows: int = 64
+    prompt: str = "list.append(object, /)\n    "
+    new_tokens: int = 120
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One line of the results.
+
+    bits_per_weight: of the quantized linears, scales and zero points included.
+    megabytes: of the whole model, embedding included.
+    increase: of the perplexity over the unquantized model's; its error is that of the pairs of
+      windows, and far smaller than the perplexities' own.
+    kl: mean KL divergence from the unquantized model, nats per token.
+    top1_agreement: share of tokens where both models' first choice is the same.
+    seconds: to quantize, compilation included.
+    """
+
+    method: str
+    weights: str
+    bits_per_weight: float
+    megabytes: float
+    perplexity: float
+    perplexity_stderr: float
+    increase: float | None = None
+    increase_stderr: float | None = None
+    kl: float | None = None
+    kl_stderr: float | None = None
+    top1_agreement: float | None = None
+    seconds: float | None = None
+
+    def cells(self) -> list[str]:
+        """The line as text, in the order of `COLUMNS`."""
+        return [
+            self.method,
+            self.weights,
+            f"{self.bits_per_weight:.3f}",
+            f"{self.megabytes:.2f}",
+            _plus_minus(self.perplexity, self.perplexity_stderr, "", 3),
+            _plus_minus(self.increase, self.increase_stderr, "+", 3),
+            _plus_minus(self.kl, self.kl_stderr, "", 5),
+            "" if self.seconds is None else f"{self.seconds:.1f}",
+        ]
+
+
+class Demo:
+    """The embedded model with its texts, and the options."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.folder = demo_model_path()
+        self.model, self.params = load(self.folder)
+        self.tokenizer = Tokenizer(self.folder)
+        # The model's context, which is also what its texts are cut into.
+        self.seq_len = self.model.config.max_position_embeddings
+        knobs: dict[str, Any] = {
+            "vocab_size": self.model.config.vocab_size,
+            "encode": self.tokenizer.encode,
+        }
+        config = CalibrationConfig(
+            calib_dataset=str(self.folder / "calibration.txt"),
+            calib_samples=options.calib_samples,
+            calib_seqlen=self.seq_len,
+        )
+        self.calibration = calibration_data(config, **knobs)
+        self.held_out = token_stream(self.folder / "evaluation.txt", **knobs)
+
+    def quantize(self, name: str, bits: int | None, status: Any) -> Any:
+        """Parameters with QTensors in place of the linears' kernels."""
+        key, changes = METHODS[name]
+        spec, method = preset(key, bits=bits, **changes)
+        params, _ = quantize_model(
+            self.model,
+            self.params,
+            uniform(spec, method),
+            self.calibration.tokens,
+            mask=self.calibration.mask,
+            batch_size=8,
+            progress=lambda p: status(f"{name}: quantizing {p.block} ({p.done}/{p.total})"),
+        )
+        return params
+
+    def measure(self, params: Any, reference: Any, status: Any, name: str) -> Evaluation:
+        """Perplexity on text the model was not trained on, and how far it is from `reference`."""
+        return evaluate(
+            self.model,
+            params,
+            self.held_out,
+            reference_params=reference,
+            seq_len=self.seq_len,
+            max_windows=self.options.windows,
+            batch_size=8,
+            progress=lambda done, total: status(f"{name}: measuring, window {done}/{total}"),
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the demonstration; returns the exit code."""
+    options = tyro.cli(Options, description="Every method on the embedded model.", args=arguments)
+    try:
+        return run(options)
+    except (JaxqError, OSError) as error:
+        print(f"demo: error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(options: Options) -> int:
+    """Quantize and measure everything, then generate."""
+    start = time.perf_counter()
+    options.out.mkdir(parents=True, exist_ok=True)
+    demo = Demo(options)
+    config = demo.model.config
+    print(
+        f"The embedded model: {config.num_hidden_layers} layers of {config.hidden_size}, "
+        f"{sum(leaf.size for _, leaf in tree.leaves(demo.params)):,} parameters, on {machine()}.\n"
+        f"Calibration: {demo.calibration.num_tokens:,} tokens. Perplexity per token, on at most "
+        f"{options.windows} windows of {demo.seq_len} held-out tokens; +- is one standard error.\n"
+    )
+    results, saved = compare(demo)
+    write_results(options, demo, results, time.perf_counter() - start)
+    name, params = saved
+    checkpoint = options.out / "checkpoint"
+    save(checkpoint, demo.model, params, config_files_from=demo.folder, overwrite=True)
+    print(f"\n{name}, saved as {checkpoint} and loaded again, continues a prompt:\n")
+    write_text(checkpoint, options)
+    seconds = time.perf_counter() - start
+    print(f"\nDone in {seconds:.0f} s. {options.out} has results.md, results.csv, results.json,")
+    print("perplexity.png and the checkpoint.")
+    return 0
+
+
+def compare(demo: Demo) -> tuple[list[Result], tuple[str, Any]]:
+    """The results, the unquantized model first, and a quantized model to keep, with its name."""
+    weights = [(name, bits) for bits in demo.options.bits for name in METHODS]
+    runs = [(name, bits) for name, bits in weights if name not in EIGHT_BIT]
+    runs += [(name, None) for name in EIGHT_BIT]
+    keep = SAVED if SAVED in runs else runs[0]
+    results, kept = [], ("", None)
+    with GrowingTable(COLUMNS) as table:
+        evaluation = demo.measure(demo.params, None, table.status, "unquantized")
+        results.append(result("unquantized", demo.params, evaluation, None))
+        table.add(results[-1].cells())
+        for name, bits in runs:
+            start = time.perf_counter()
+            params = demo.quantize(name, bits, table.status)
+            seconds = time.perf_counter() - start
+            evaluation = demo.measure(params, demo.params, table.status, name)
+            results.append(result(name, params, evaluation, seconds))
+            table.add(results[-1].cells())
+            if (name, bits) == keep:
+                kept = (f"{name} at {results[-1].weights}", params)
+    return results, kept
+
+
+def result(name: str, params: Any, evaluation: Evaluation, seconds: float | None) -> Result:
+    """What was measured, as a line."""
+    leaves = [leaf for _, leaf in tree.leaves(params)]
+    linears = [leaf for leaf in leaves if isinstance(leaf, QTensor)]
+    bits, weights = 8.0 * leaves[0].dtype.itemsize, str(leaves[0].dtype)
+    if linears:
+        bits = 8 * sum(w.nbytes for w in linears) / sum(w.k * w.n for w in linears)
+        spec = linears[0].spec
+        group = "" if spec.group_size == -1 else f" g{spec.group_size}"
+        weights = ("fp8" if spec.is_float else spec.dtype) + group
+    increase, kl, agreement = (
+        evaluation.perplexity_increase,
+        evaluation.kl,
+        evaluation.top1_agreement,
+    )
+    return Result(
+        name,
+        weights,
+        bits,
+        sum(leaf.nbytes for leaf in leaves) / 1e6,
+        *evaluation.perplexity,
+        *(increase or (None, None)),
+        *(kl or (None, None)),
+        None if agreement is None else agreement.value,
+        seconds,
+    )
+
+
+def write_results(options: Options, demo: Demo, results: Sequence[Result], seconds: float) -> None:
+    """results.csv, results.json, results.md and perplexity.png."""
+    rows = [dataclasses.asdict(r) for r in results]
+    _report.write_csv(options.out / "results.csv", rows)
+    facts = {
+        "machine": machine(),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "calibration": dict(demo.calibration.description),
+        "windows": options.windows,
+        "seq_len": demo.seq_len,
+        "seconds": seconds,
+    }
+    _report.write_json(options.out / "results.json", {**facts, "results": rows})
+    table = _report.markdown_table(COLUMNS, [r.cells() for r in results])
+    (options.out / "results.md").write_text(table, encoding="utf-8")
+    plain, *quantized = results
+    _report.plot_bits(
+        options.out / "perplexity.png",
+        [
+            Point(r.method, r.bits_per_weight, r.perplexity, r.increase_stderr or 0.0)
+            for r in quantized
+        ],
+        line=(plain.perplexity, f"unquantized, {plain.weights}"),
+        title="The embedded model after quantization",
+        ylabel="perplexity per token, held-out text",
+        note="bars: one standard error of the difference from the unquantized model",
+    )
+
+
+def write_text(checkpoint: Path, options: Options) -> None:
+    """Load a quantized model, and print a continuation as it comes."""
+    model, params = load(checkpoint)
+    tokenizer = Tokenizer(checkpoint)
+    print(options.prompt, end="", flush=True)
+    sampling = Sampling(temperature=0.5, top_p=0.9)
+    for piece in stream_text(
+        model,
+        params,
+        tokenizer,
+        options.prompt,
+        options.new_tokens,
+        sampling,
+        jax.random.key(0),
+    ):
+        print(piece, end="", flush=True)
+    print()
+
+
+def machine() -> str:
+    """What it runs on, in words."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return device.device_kind
+    return f"{_report.usable_cores()} CPU cores"
+
+
+def _plus_minus(value: float | None, error: float | None, sign: str, digits: int) -> str:
+    return "" if value is None else f"{value:{sign}.{digits}f} +- {error:.{digits}f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
