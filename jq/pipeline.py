@@ -29,7 +29,7 @@ from jq.interrupts import held_back
 from jq.models import Decoder, HFCheckpoint, ModelConfig
 from jq.models.hf_names import weight_table
 from jq.preflight import check_recipe
-from jq.recipe import Method, Recipe, Rule, needs_calibration
+from jq.recipe import Method, Recipe, needs_calibration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,11 +163,6 @@ def recipe_json(recipe: Recipe) -> list[dict[str, Any]]:
     ]
 
 
-def calibrated_rules(recipe: Recipe) -> tuple[Rule, ...]:
-    """The rules that learn from calibration data."""
-    return tuple(rule for rule in recipe if rule.spec is not None and needs_calibration(rule))
-
-
 def _tensors(config: ModelConfig) -> tuple[dict[str, tuple[int, ...]], list[str]]:
     """Shapes of the blocks' linears, by path without "/kernel"; paths of everything else."""
     linears, others = {}, []
@@ -205,7 +200,7 @@ def _fitting(
     calibration: CalibrationData | None, recipe: Recipe, config: ModelConfig
 ) -> CalibrationData | None:
     """The calibration data if the recipe learns from it, checked against the model's context."""
-    rules = calibrated_rules(recipe)
+    rules = [rule for rule in recipe if rule.spec is not None and needs_calibration(rule)]
     if not rules:
         return None
     if calibration is None:

@@ -10,7 +10,6 @@ import tyro
 
 from jq.cli.options import parse
 from jq.cli.output import print_json, print_table
-from jq.pipeline import recipe_json
 from jq.presets import DEFAULT, PRESETS, preset
 from jq.recipe import needs_calibration, uniform
 
@@ -28,6 +27,8 @@ def run(arguments: Sequence[str]) -> int:
     """The command."""
     args = parse(Methods, "methods", "List the methods that quantize knows.", arguments)
     if args.json:
+        from jq.pipeline import recipe_json
+
         print_json({name: recipe_json(uniform(*preset(name)))[0] for name in PRESETS})
         return 0
     rows = []

@@ -48,28 +48,33 @@ def _finite(value: Any) -> Any:
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> None:
     """A table; align has a letter per column, "l" or "r"."""
-    if sys.stdout.isatty():
-        _print_rich(headers, rows, align)
-        return
     lines = [headers, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(headers))]
+    if sys.stdout.isatty():
+        _print_rich(headers, rows, align, sum(widths) + 2 * len(widths))
+        return
     for line in lines:
         cells = zip(line, widths, align, strict=True)
         padded = [c.rjust(w) if a == "r" else c.ljust(w) for c, w, a in cells]
         print("  ".join(padded).rstrip())
 
 
-def _print_rich(headers: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> None:
+def _print_rich(
+    headers: Sequence[str], rows: Sequence[Sequence[str]], align: str, width: int
+) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for header, side in zip(headers, align, strict=True):
-        table.add_column(header, justify="right" if side == "r" else "left", no_wrap=side == "r")
+        table.add_column(header, justify="right" if side == "r" else "left", no_wrap=True)
     for row in rows:
         table.add_row(*map(escape, row))
-    Console().print(table)
+    console = Console()
+    # A line too long for the terminal wraps there; rich would cut the cells.
+    console.width = max(console.width, width)
+    console.print(table)
 
 
 def print_facts(facts: Sequence[tuple[str, str]]) -> None:

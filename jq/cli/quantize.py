@@ -16,14 +16,11 @@ from jq.cli.models import DEMO_NAME, demo_text, made_of_demo, model_folder
 from jq.cli.options import options_class, parse, peek, rebuild
 from jq.cli.output import note, print_facts, size_text, time_text, warn
 from jq.cli.progress import Meter
-from jq.cli.summary import quantized_totals
 from jq.errors import CalibrationError, SpecError
 from jq.methods.gptq import GPTQ
 from jq.methods.rtn import RTN
-from jq.models import HFCheckpoint
-from jq.pipeline import RunReport, calibrated_rules, check_run, quantize_checkpoint
 from jq.presets import ACTIVATIONS, DEFAULT, PRESETS, find_preset, preset
-from jq.recipe import Method, Recipe, Rule
+from jq.recipe import Method, Recipe, Rule, needs_calibration
 
 ABOUT = """Quantize a Hugging Face model folder into a jaxq checkpoint.
 
@@ -59,6 +56,9 @@ class Format:
 def run(arguments: Sequence[str]) -> int:
     """The command."""
     args, base = _parse(arguments)
+
+    from jq.pipeline import check_run, quantize_checkpoint  # what --help need not wait for
+
     spec, _ = preset(
         args.format.method,
         bits=args.format.bits,
@@ -148,10 +148,9 @@ def _calibration_config(options: Any) -> CalibrationConfig:
 
 
 def _calibration(
-    source: HFCheckpoint, recipe: Recipe, config: CalibrationConfig, args: Any
+    source: Any, recipe: Recipe, config: CalibrationConfig, args: Any
 ) -> CalibrationData | None:
-    rules = calibrated_rules(recipe)
-    if not rules:
+    if not any(rule.spec is not None and needs_calibration(rule) for rule in recipe):
         if config.calib_dataset:
             note(f"method {args.format.method} learns nothing from data: --calib-dataset is unused")
         return None
@@ -173,8 +172,8 @@ def _calibration(
     return data
 
 
-def read_calibration(source: HFCheckpoint, config: CalibrationConfig) -> CalibrationData:
-    """Calibration data for a model, by its own tokenizer where there is text."""
+def read_calibration(source: Any, config: CalibrationConfig) -> CalibrationData:
+    """Calibration data for a model (an HFCheckpoint), by its own tokenizer where there is text."""
     from jq.calib.source import calibration_data
     from jq.models import Tokenizer
 
@@ -189,7 +188,9 @@ def _step_text(step: Progress) -> str:
     return f"{step.block} {step.group}{error}"
 
 
-def _summarize(report: RunReport) -> None:
+def _summarize(report: Any) -> None:
+    from jq.cli.summary import quantized_totals
+
     totals = quantized_totals(report.path)
     facts = [
         ("checkpoint", str(report.path)),

@@ -13,9 +13,10 @@ from jq.cli import main
 from jq.evaluate import evaluate
 from jq.models import Tokenizer
 from jq.models.generate import generate
+from jq.presets import PRESETS, preset
 from jq.qtensor import QTensor
 from jq.spec import QuantSpec, w8a8
-from tests.cli.folders import LINEARS
+from tests.cli.folders import LINEARS, write_text
 
 FEW = ("--calib-samples", "4", "--calib-seqlen", "32")
 
@@ -54,7 +55,22 @@ def test_the_tokenizer_travels(int4, tiny):
         assert (int4 / name).read_bytes() == (tiny / name).read_bytes()
 
 
-def test_quantize_tells_of_layers_errors_and_time(call, tiny, text, tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [*([name] for name in PRESETS), ["awq", "--rounding", "gptq"]], ids=" ".join
+)
+def test_every_method_makes_a_checkpoint_that_runs(call, tiny, text, tmp_path, options):
+    if preset(options[0])[0].group_size == 128:
+        options = [*options, "--group-size", 32]
+    arguments = ("--out", tmp_path / "q", "--calib-dataset", text, *FEW)
+    done = call("quantize", tiny, *arguments, "--method", *options)
+    assert done.code == 0
+    assert len(quantized(tmp_path / "q")) == LINEARS
+    compared = call("eval", tmp_path / "q", "--text", text, "--reference", tiny, "--json")
+    assert 0 < json.loads(compared.out)["kl_nats"]["value"] < 1
+
+
+def test_quantize_tells_of_layers_and_time(call, tiny, tmp_path):
     done = call("quantize", tiny, "--out", tmp_path / "q", "--method", "rtn", "--group-size", 64)
     assert done.code == 0
     lines = done.err.splitlines()
@@ -68,8 +84,10 @@ def test_quantize_tells_of_layers_errors_and_time(call, tiny, text, tmp_path):
 
 def test_skipped_linears_stay(call, tiny, tmp_path):
     skip = ("--skip", "down_proj", "--skip", "layers_0/attention")
+    skip += ("--calib-dataset", "unread.txt")
     done = call("quantize", tiny, "--out", tmp_path / "q", "--method", "int8", *skip)
     assert done.code == 0
+    assert "note: method int8 learns nothing from data: --calib-dataset is unused" in done.err
     params = load_params(tmp_path / "q")
     assert not isinstance(params["layers_0"]["attention"]["q_proj"]["kernel"], QTensor)
     assert not isinstance(params["layers_1"]["mlp"]["down_proj"]["kernel"], QTensor)
@@ -86,6 +104,16 @@ def test_a_long_window_is_cut_with_a_note(call, tiny, text, tmp_path):
     assert re.search(r"layers_0 qkv  output error 0\.\d+  elapsed", done.err)
     assert re.search(r"output error +0\.\d+ on average; rounding to nearest: 0\.\d+", done.out)
     assert all(w.input_scale is not None for w in quantized(tmp_path / "q"))
+
+
+def test_a_short_text_is_warned_of(call, tiny, tmp_path):
+    short = write_text(tmp_path / "short.txt", 5)
+    options = ("--method", "int8", "--activation", "int8-static", "--calib-dataset", short)
+    done = call("quantize", tiny, "--out", tmp_path / "q", *options, "--calib-samples", 2)
+    assert done.code == 0
+    assert "warning: the calibration text has" in done.err
+    assert "warning: 1 calibration samples instead of 2" in done.err
+    assert len(read_manifest(tmp_path / "q").meta["calibration"]["warnings"]) == 2
 
 
 def test_overwrite_replaces_a_checkpoint(call, int8, tiny, tmp_path):

@@ -61,6 +61,26 @@ def test_pickled_weights_are_never_opened(call, tmp_path, out):
     assert not (tmp_path / "canary").exists()
 
 
+@pytest.mark.parametrize(
+    "name", ["../other.safetensors", "/etc/passwd", "a.bin", "gone.safetensors"]
+)
+def test_an_index_that_names_other_files(call, tmp_path, out, name):
+    folder = write_model(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"model.norm.weight": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert name in quantize(call, folder, out, "--method", "rtn", "--group-size", 32)
+
+
+def test_a_truncated_weight_file(call, tmp_path, out):
+    folder = write_model(tmp_path / "model")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+    refusal = quantize(call, folder, out, "--method", "rtn", "--group-size", 32)
+    assert "truncated" in refusal
+    assert str(file) in refusal
+
+
 def test_remote_code_is_never_run(call, tmp_path, out):
     folder = write_model(tmp_path / "model", auto_map={"AutoConfig": "code.Config"})
     (folder / "code.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')")
