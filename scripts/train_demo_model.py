@@ -3,7 +3,8 @@
     python scripts/train_demo_model.py --out DIR
 
 Everything comes from the running Python: language topics and docstrings of the standard library.
-A run that was stopped goes on from its last checkpoint (`DIR/training.npz`) when started again.
+A run that was stopped goes on from its last checkpoint (`DIR/training.npz`) when started again;
+it must then be given the same options.
 """
 
 from __future__ import annotations
@@ -146,12 +147,14 @@ def finish(arguments: Arguments, state: State, train_tokens: int) -> None:
     save_hf(half, config, out, overwrite=True)
     checkpoint = HFCheckpoint(out, dtype=jnp.float32)
     params, tokens = checkpoint.load(), evaluation_tokens(out)
-    loss = training.held_out_loss(Decoder(config), params, tokens, settings.seq_len)
+    loss = training.held_out_loss(Decoder(config), params, tokens, arguments.shape.context)
     rounded = record.round_to_nearest(params)
-    worse = training.held_out_loss(Decoder(config), rounded, tokens, settings.seq_len)
+    worse = training.held_out_loss(Decoder(config), rounded, tokens, arguments.shape.context)
     log = [json.loads(line) for line in (out / LOG_FILE).read_text().splitlines()]
     text = record.readme(config, settings, log, train_tokens, len(tokens), loss, worse)
     (out / "README.md").write_text(text, encoding="utf-8")
+    for name in (STATE_FILE, LOG_FILE):
+        (out / name).unlink(missing_ok=True)
     print(f"held-out perplexity {np.exp(loss):.3f}; 3-bit RTN {np.exp(worse):.3f}; saved in {out}")
 
 

@@ -226,7 +226,7 @@ def joined(documents: Iterable[Document]) -> str:
     return "\n\n\n".join(d.text for d in documents) + "\n"
 
 
-def _without(document: Document, known: set[int]) -> Document:
+def _without(document: Document, known: set[str]) -> Document:
     kept = [p for p in _PARAGRAPHS.split(document.text) if known.isdisjoint(runs(p))]
     return Document(document.name, "\n\n".join(kept))
 

@@ -83,8 +83,8 @@ The texts are parts of Python's documentation, copyright Python Software Foundat
 [PSF License](https://docs.python.org/3/license.html).
 
 ## Quality
-Perplexity on `evaluation.txt`, token level, non-overlapping windows of {settings.seq_len} tokens,
-all but the first of each scored, float32 arithmetic:
+Perplexity on `evaluation.txt`, token level, float32 arithmetic; non-overlapping windows of
+{config.max_position_embeddings} tokens, all but the first of each scored:
 
 | weights | perplexity |
 | --- | --- |
@@ -93,7 +93,7 @@ all but the first of each scored, float32 arithmetic:
 
 ## Training
 {train_tokens:,} tokens of text; {tokens:,} tokens seen, {tokens / train_tokens:.1f} epochs.
-AdamW: {chosen}.
+Muon for the kernels, AdamW for embedding and norms: {chosen}.
 Run on {datetime.date.today():%d %B %Y}, {sum_of_runs(log):.0f} seconds on \
 {jax.devices()[0].platform.upper()}, JAX {jax.__version__}, optax {version("optax")}, \
 tokenizers {version("tokenizers")}.
