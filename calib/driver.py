@@ -113,13 +113,16 @@ def quantize_blocks(
       recipe: rules matched against "layers_0/attention/q_proj"; see `jq.recipe`.
       tokens: int32 [samples, T], the calibration set; None where no method needs one.
       mask: bool [samples, T], True for real tokens.
-      batch_size: samples run at a time; results do not depend on it.
+      batch_size: samples run at a time.  Statistics are added in the same order whatever it is; but
+        XLA may round a product of another shape differently in the last bits.
       progress: called after each group of linears.
     Yields: the blocks in order, each as soon as it is finished.
     Raises: SpecError when the recipe does not fit the model, CalibrationError when statistics are
       needed and there are no usable tokens, NonFiniteError for NaN or infinite weights and
       activations.
     """
+    if batch_size < 1:
+        raise CalibrationError(f"batch_size is {batch_size}; it must be 1 or more")
     plan = {name: _rules(model.linear_groups, recipe, name) for name in model.block_names}
     _check_recipe(recipe, plan)
     for name, rules in plan.items():

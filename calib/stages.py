@@ -58,9 +58,9 @@ def run_stage(
 ) -> StageResult:
     """Run stage `index` on every sample, `batch_size` at a time.
 
-    Statistics are added sample by sample, so the batch size changes neither their order nor their
-    sums. Where activations have one scale per call, a call is one sample. Quantized weights without
-    8-bit activations are dequantized once per call, not once per sample.
+    Statistics are added sample by sample, so the batch size does not change their order. Where
+    activations have one scale per call, a call is one sample. Quantized weights without 8-bit
+    activations are dequantized once per call, not once per sample.
     """
     params = dequantized(params, stream.x.dtype)
     samples = stream.x.shape[0]
