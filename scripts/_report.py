@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -178,7 +179,7 @@ def _draw_points(axes: Any, points: Sequence[Point], line: tuple[float, str]) ->
     low = min(line[0], *(p.y - p.error for p in points))
     high = max(line[0], *(p.y + p.error for p in points))
     span = (high - low) or 1.0
-    axes.set_ylim(low - 0.08 * span, high + 0.08 * span)
+    axes.set_ylim(low - 0.1 * span, high + 0.08 * span)
     axes.set_xscale("log", base=2)
     axes.set_xlim(2.85, 12.5)
     ticks = [3, 4, 5, 6, 8, 12]
@@ -187,22 +188,23 @@ def _draw_points(axes: Any, points: Sequence[Point], line: tuple[float, str]) ->
     axes.spines["right"].set_visible(False)
     axes.grid(axis="y", color="#eeeeee", zorder=0)
     axes.axhline(line[0], color="#666666", linestyle="--", linewidth=1, zorder=1)
-    axes.text(12.4, line[0] - 0.012 * span, line[1], color="#444444", ha="right", va="top")
+    # Where no cluster has its labels: between 4 and 8 bits.
+    axes.text(7.6, line[0] - 0.012 * span, line[1], color="#444444", ha="right", va="top")
     names = list(dict.fromkeys(p.series for p in points))
     style = {name: (_COLOURS[i % 7], _MARKERS[i % 7]) for i, name in enumerate(names)}
-    for p in points:
-        colour, marker = style[p.series]
-        axes.errorbar(p.x, p.y, p.error, color=colour, marker=marker, capsize=2, zorder=3)
     for cluster in _clusters(points):
         heights = spread([p.y for p in cluster], 0.05 * span)
-        right = max(p.x for p in cluster)
-        for p, height in zip(cluster, heights, strict=True):
+        places = _side_by_side(cluster)
+        for p, x, height in zip(cluster, places, heights, strict=True):
+            colour, marker = style[p.series]
+            axes.errorbar(x, p.y, p.error, color=colour, marker=marker, capsize=2, zorder=3)
             axes.annotate(
                 p.series,
-                (p.x, p.y),
-                (right * 1.05, height),
-                color=style[p.series][0],
+                (x, p.y),
+                (max(places) * 1.04, height),
+                color=colour,
                 va="center",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
                 arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.6},
                 zorder=2,
             )
@@ -217,6 +219,16 @@ def _clusters(points: Sequence[Point]) -> list[list[Point]]:
         else:
             clusters.append([p])
     return [sorted(cluster, key=lambda p: p.y) for cluster in clusters]
+
+
+def _side_by_side(cluster: Sequence[Point]) -> list[float]:
+    """Where to draw points: those of equal x 1.5 % apart, so that no bar hides another."""
+    places: list[float] = []
+    for p in cluster:
+        equal = sum(math.isclose(p.x, other.x, rel_tol=0.002) for other in cluster)
+        before = sum(math.isclose(p.x, other.x, rel_tol=0.002) for other in cluster[: len(places)])
+        places.append(p.x * 1.015 ** (before - (equal - 1) / 2))
+    return places
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
