@@ -18,7 +18,8 @@ from jq.cli.summary import Tensor, Totals, checkpoint_tensors, hf_tensors, read_
 
 ABOUT = """List the tensors of a checkpoint with their sizes and errors, and the totals.
 
-Plain Hugging Face folders have no errors to show. Weights are not read: use them to verify them."""
+Plain Hugging Face folders have no errors to show. Weights are not read here, and not verified;
+eval and generate do."""
 
 
 @dataclasses.dataclass(frozen=True)
