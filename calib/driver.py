@@ -20,7 +20,7 @@ import numpy as np
 from jq import tree
 from jq.blockwise import BlockwiseModel, LinearGroup
 from jq.calib.report import BlockReport, LinearReport, Progress, ProgressCallback
-from jq.calib.scaling import Scaling, choose_scale, sample, scales_input
+from jq.calib.scaling import Scaling, choose_scale, sample
 from jq.calib.stages import Stream, prepare_block, run_stage
 from jq.errors import CalibrationError, NonFiniteError, SpecError
 from jq.evaluate.forward import vocabulary_size
@@ -29,6 +29,7 @@ from jq.group import GroupReport, round_group
 from jq.methods.gptq import GPTQ
 from jq.qtensor import QTensor
 from jq.recipe import Recipe, Rule, needs_calibration, resolve, rounding_of
+from jq.scaling import scaling_method
 from jq.spec import check_group_size
 from jq.statistics import InputStats, rescale
 
@@ -127,7 +128,7 @@ def quantize_blocks(
     _check_recipe(recipe, plan)
     for name, rules in plan.items():
         for group, some in zip(model.linear_groups, rules, strict=True):
-            _scaling_method(name, group, some)
+            scaling_method(name, group, some)
     calibrating = any(needs_calibration(r) for rules in plan.values() for r in _flat(rules))
     clock = _Clock(progress, len(model.block_names) * len(model.linear_groups))
     stream = None
@@ -192,18 +193,6 @@ def _first_stream(model: BlockwiseModel, source: BlockSource, tokens: Any, mask:
 def _embed(model: BlockwiseModel, outer: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
     # What the embedding does not read (the output head) is not sent to the device.
     return model.embed(outer, tokens)
-
-
-def _scaling_method(block: str, group: LinearGroup, rules: Sequence[Rule | None]) -> Any:
-    """The method that scales a group's input, or None; SpecError where its linears disagree."""
-    methods = {rule.method for rule in rules if rule is not None}
-    scaling = {m for m in methods if scales_input(m, group)}
-    if len(scaling) > 1 or (scaling and methods != scaling):
-        raise SpecError(
-            f"{block}: {', '.join(group.linears)} read the same input and are given different "
-            f"methods, {', '.join(sorted(map(str, methods)))}: one scale must serve them all"
-        )
-    return next(iter(scaling), None)
 
 
 class _Clock:
@@ -302,7 +291,7 @@ class _BlockWork:
         return any(self._scaling_method(i) is not None for i in range(len(self.groups)))
 
     def _scaling_method(self, index: int) -> Any:
-        return _scaling_method(self.name, self.groups[index], self.rules[index])
+        return scaling_method(self.name, self.groups[index], self.rules[index])
 
     def _sequential(self) -> bool:
         roundings = [rounding_of(rule.method) for rule in _flat(self.rules)]
@@ -361,15 +350,17 @@ class _BlockWork:
                 raise SpecError(f"{self.name}/{path}: already quantized ({leaf.spec.dtype})")
         for group, rules in zip(self.groups, self.rules, strict=True):
             for linear, rule in zip(group.linears, rules, strict=True):
-                if rule is not None and rule.spec.granularity in ("group", "block"):
+                spec = None if rule is None else rule.spec
+                if spec is not None and spec.granularity in ("group", "block"):
                     k = tree.get(params, f"{linear}/kernel").shape[0]
-                    check_group_size(k, rule.spec.group_size, f"{self.name}/{linear}")
+                    check_group_size(k, spec.group_size, f"{self.name}/{linear}")
 
     def _round(self, index: int, params: Any, stats: InputStats | None, scaling: Any) -> Any:
         """Quantize the linears of a group, those with equal rules side by side."""
         group, rules = self.groups[index], self.rules[index]
         worst = None
         for rule in dict.fromkeys(r for r in rules if r is not None):
+            assert rule.spec is not None  # `resolve` gives rules without one as None
             linears = [n for n, r in zip(group.linears, rules, strict=True) if r == rule]
             qtensors, report = round_group(
                 [tree.get(params, f"{n}/kernel") for n in linears],

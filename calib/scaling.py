@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jq import tree
-from jq.blockwise import BlockwiseModel, LinearGroup
+from jq.blockwise import BlockwiseModel
 from jq.calib.stages import Stream
-from jq.folding import shared_max, shared_mean
 from jq.methods import awq, smoothquant
 from jq.methods.awq import AWQ
 from jq.methods.smoothquant import SmoothQuant
+from jq.scaling import awq_terms, smooth_terms
 from jq.spec import QuantSpec
 from jq.statistics import InputStats
 
@@ -33,19 +33,6 @@ class Scaling(NamedTuple):
 
     scale: jax.Array
     choice: jax.Array
-
-
-def scales_input(method: Any, group: LinearGroup) -> bool:
-    """Whether the method moves a scale between this group's weights and its input."""
-    if group.producer is None:
-        return False
-    match method:
-        case AWQ():
-            return True
-        case SmoothQuant():
-            return method.smooth == "all" or group.producer_kind == "norm"
-        case _:
-            return False
 
 
 def sample(stream: Stream, tokens: int) -> Stream:
@@ -80,40 +67,38 @@ def choose_scale(
     quantized = [(w, spec) for w, spec in zip(weights, specs, strict=True) if spec is not None]
     if isinstance(method, SmoothQuant):
         return _smooth(group, quantized, stream, stats, method)
-    magnitude = None
-    if method.duo_scaling:
-        parts = [awq.weight_magnitude([w], spec) * w.shape[1] for w, spec in quantized]
-        magnitude = shared_mean(sum(parts) / sum(w.shape[1] for w, _ in quantized), group)
-    abs_mean = shared_mean(stats.abs_mean, group)
+    abs_mean, magnitude = awq_terms(group, quantized, stats, method)
     if not method.search_scale:
         scale = awq.scale_of(method.exponent, abs_mean, magnitude)
         return Scaling(scale, jnp.float32(method.exponent))
     loss = _block_part_loss(model, kind, index, params, stream, specs)
     if loss is None:
-        losses = [awq.gram_loss([w], stats.gram, spec) for w, spec in quantized]
-
-        def loss(scale):
-            return sum(part(scale) for part in losses)
-
+        loss = _total([awq.gram_loss([w], stats.gram, spec) for w, spec in quantized])
     scale, _, best = awq.search_scale(abs_mean, magnitude, loss, method.n_grid)
     return Scaling(scale, jnp.where(best == 0, jnp.nan, (best - 1) / method.n_grid))
 
 
 def _smooth(group, quantized, stream, stats, method) -> Scaling:
     weights = [w for w, _ in quantized]
-    x_max = shared_max(stats.abs_max, group)
-    w_max = shared_max(smoothquant.weight_max(weights), group)
+    x_max, w_max = smooth_terms(group, weights, stats)
     if method.alpha != "auto":
         scale = smoothquant.smoothing_scale(method.alpha, x_max, w_max)
         return Scaling(scale, jnp.float32(method.alpha))
     x = stream.x.reshape(-1, stream.x.shape[-1])
     if stream.mask is not None:
         x = jnp.where(stream.mask.reshape(-1, 1), x, jnp.zeros((), x.dtype))
-    losses = [smoothquant.output_loss([w], x, spec) for w, spec in quantized]
-    scale, alpha, _ = smoothquant.search_alpha(
-        x_max, w_max, lambda scale: sum(part(scale) for part in losses)
-    )
+    loss = _total([smoothquant.output_loss([w], x, spec) for w, spec in quantized])
+    scale, alpha, _ = smoothquant.search_alpha(x_max, w_max, loss)
     return Scaling(scale, alpha)
+
+
+def _total(losses: Sequence[Callable[[jax.Array], jax.Array]]) -> Callable[[jax.Array], jax.Array]:
+    """The sum of several losses of one scale."""
+
+    def total(scale: jax.Array) -> jax.Array:
+        return functools.reduce(jnp.add, [loss(scale) for loss in losses])
+
+    return total
 
 
 def _block_part_loss(

@@ -6,12 +6,13 @@ import pytest
 
 from jq import statistics
 from jq.blockwise import LinearGroup
-from jq.calib.scaling import choose_scale, sample, scales_input
+from jq.calib.scaling import choose_scale, sample
 from jq.calib.stages import Stream, run_stage
 from jq.methods.awq import AWQ
 from jq.methods.gptq import GPTQ
 from jq.methods.rtn import RTN
 from jq.methods.smoothquant import AUTO_ALPHAS, SmoothQuant
+from jq.scaling import scales_input
 from jq.spec import QuantSpec, w8a8
 from tests.calib import decoders
 from tests.oracles import blockwise, smoothquant
