@@ -71,7 +71,7 @@ class BlockwiseModel(Protocol):
         carry: Any,
         mask: jax.Array | None,
     ) -> tuple[jax.Array, Any]:
-        """Stage `index` of a block with parameters `params`; mask [B, T] is True for real tokens."""
+        """Stage `index` of a block with parameters `params`; mask [B, T]: True for real tokens."""
         ...
 
     def logits(self, params: Params, h: jax.Array) -> jax.Array:

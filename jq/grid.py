@@ -62,7 +62,7 @@ def over_shared_outputs(x: jax.Array, spec: QuantSpec, reduce) -> jax.Array:
 
 
 def scale_and_zero(lo: jax.Array, hi: jax.Array, spec: QuantSpec) -> tuple[jax.Array, jax.Array]:
-    """Grid of a range: (scale, zero), float32, same shape as lo; zero is integral (0 for float8)."""
+    """Grid of a range: float32 (scale, zero) of lo's shape; zero is integral (0 for float8)."""
     if spec.is_float:
         scale = _positive((hi - lo) / 2 / FP8_MAX)
         return round_scale(scale, spec), jnp.zeros_like(scale)

@@ -104,7 +104,7 @@ def _gram(stats: InputStats | None) -> jax.Array:
 
 
 def static_input_scale(stats: InputStats | None, spec: QuantSpec) -> jax.Array | None:
-    """Scale of statically quantized activations: largest |x| of calibration over the largest code."""
+    """Scale of static activations: largest |x| of calibration over the largest code."""
     if spec.activation is None or not spec.activation.static:
         return None
     assert stats is not None, "static activations need calibration statistics"

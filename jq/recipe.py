@@ -21,7 +21,7 @@ class Rule:
 
     pattern: a regular expression, searched anywhere in the path.
     spec: None leaves the linear in full precision.
-    method: how it is rounded; None only with spec None.
+    method: how it is quantized; None only with spec None.
     """
 
     pattern: str
@@ -45,7 +45,7 @@ Recipe = tuple[Rule, ...]
 
 
 def uniform(spec: QuantSpec, method: Method) -> Recipe:
-    """Every linear of every block the same way; embeddings and the output head stay in full precision."""
+    """Every linear of every block the same way; embeddings and output head keep their precision."""
     return (Rule(".*", spec, method),)
 
 
@@ -65,8 +65,9 @@ def needs_calibration(rule: Rule) -> bool:
     return static or rule.method.needs_statistics or rounding_of(rule.method).needs_statistics
 
 
-def rounding_of(method: Method) -> RTN | GPTQ:
-    """What rounds the weights after the method has moved them."""
+def rounding_of(method: Method | None) -> RTN | GPTQ:
+    """What rounds the weights after the method, which is not None, has moved them."""
+    assert method is not None
     match method:
         case AWQ() | SmoothQuant():
             return method.rounding

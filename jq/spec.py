@@ -108,7 +108,7 @@ class QuantSpec:
             )
         if self.granularity == "group":
             raise SpecError(
-                "8-bit activations need one weight scale per output: granularity 'channel' or 'tensor'"
+                "8-bit activations need one scale per output: granularity 'channel' or 'tensor'"
             )
 
     @property
@@ -145,7 +145,7 @@ class QuantSpec:
         return self.num_groups(k), n
 
     def bits_per_weight(self, k: int, n: int) -> float:
-        """Stored bits per weight, scales and zero points included (4.125 for int4 g128 symmetric)."""
+        """Stored bits per weight with scales and zero points (4.125 for symmetric int4 g128)."""
         rows, columns = self.scale_shape(k, n)
         scale_bits = {"bfloat16": 16, "float16": 16, "float32": 32}[self.scale_dtype]
         per_scale = scale_bits + (self.bits if self.has_zero_point else 0)
@@ -175,7 +175,10 @@ def w8a8(
     static: bool = False,
     weight: WeightGranularity = "channel",
 ) -> QuantSpec:
-    """8-bit weights and activations.  SmoothQuant's O1, O2 and O3 are ("token"), ("tensor") and ("tensor", static)."""
+    """8-bit weights and activations.
+
+    SmoothQuant's O1 is activation="token", O2 "tensor", and O3 "tensor" with static=True.
+    """
     act = ActivationSpec(dtype, activation, static)
     size = 128 if weight == "block" else -1
     return QuantSpec(dtype, size, True, weight, "float32", act)

@@ -51,7 +51,6 @@ WEIGHT_ONLY: dict[str, Method] = {
     "GPTQ, clipped": GPTQ(clip="mse"),
     "GPTQ act order": GPTQ(desc_act=True),
     "GPTQ act order, clipped": GPTQ(desc_act=True, clip="mse"),
-    "GPTQ group-aware": GPTQ(act_group_aware=True),
     "GPTQ group-aware, clipped": GPTQ(act_group_aware=True, clip="mse"),
     "AWQ + GPTQ": AWQ(rounding=GPTQ(act_group_aware=True, clip="mse")),
 }

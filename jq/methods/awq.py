@@ -1,8 +1,8 @@
 """AWQ, activation-aware weight quantization (Lin et al., arXiv 2306.00978).
 
 Channels with large activations get finer grids: their weights are multiplied by s and the
-activations divided by it.  s = mean|x|^a (section 3.2), here by default over mean|w|^(1-a) of the
-normalised weights, as the authors' and AutoAWQ's code do; `a` is searched on a grid for the least
+activations divided by it.  s = mean|x|^a (section 3.2); "duo scaling", as AutoAWQ has it, divides
+that by mean|w|^(1-a) of the normalised weights.  The exponent a is searched on a grid for the least
 error of what follows.
 """
 
@@ -36,7 +36,7 @@ class AWQ:
     n_grid: exponents tried, 0, 1/n_grid, ..., beside no scaling at all.
     search_scale: False takes `exponent` as it is.
     exponent: the exponent without a search.
-    duo_scaling: use the weights' magnitudes too, not the activations' alone.
+    duo_scaling: divide by the weights' magnitudes too, as AutoAWQ does; the paper does not.
     search_tokens: calibration tokens on which attention and MLP outputs are compared; single
       linears are compared on all of them, through the Gram matrix.
     rounding: what rounds the scaled weights; RTN(clip="output") is AWQ's own clip search.
@@ -45,7 +45,7 @@ class AWQ:
     n_grid: int = 20
     search_scale: bool = True
     exponent: float = 0.5
-    duo_scaling: bool = True
+    duo_scaling: bool = False
     search_tokens: int = 4096
     rounding: RTN | GPTQ = RTN(clip="output")
 
@@ -61,7 +61,7 @@ class AWQ:
 
 
 def weight_magnitude(weights: Sequence[jax.Array], spec: QuantSpec) -> Float[Array, "K"]:
-    """Mean over the outputs of |w| / max|w of its group|, [K] in [0, 1], of linears that share an input."""
+    """[K] in [0, 1]: |w| over the largest of its group, averaged over all linears' outputs."""
     w = jnp.concatenate([w.astype(jnp.float32) for w in weights], axis=1)
     groups = jnp.abs(grid.split_groups(w, spec))
     largest = groups.max(axis=1, keepdims=True)
@@ -114,7 +114,7 @@ def search_scale(
 
 
 def effective_weight(w: jax.Array, scale: Float[Array, "K"], spec: QuantSpec) -> jax.Array:
-    """What the inputs see of a weight [K, N] that is scaled, rounded to nearest, and unscaled; float32."""
+    """What the inputs see of a weight [K, N]: scaled, rounded to nearest, and unscaled; float32."""
     groups = grid.split_groups(w.astype(jnp.float32) * scale[:, None], spec)
     step, zero = grid.scale_and_zero(*grid.weight_range(groups, spec), spec)
     return grid.fake_quantize(groups, step, zero, spec).reshape(w.shape) / scale[:, None]
@@ -123,7 +123,7 @@ def effective_weight(w: jax.Array, scale: Float[Array, "K"], spec: QuantSpec) ->
 def gram_loss(
     weights: Sequence[jax.Array], gram: Float[Array, "K K"], spec: QuantSpec
 ) -> Callable[[jax.Array], jax.Array]:
-    """Loss of a scale: squared error of the linears' outputs over all calibration tokens, tr(D' H D)."""
+    """Loss of a scale: squared error of the outputs over all calibration tokens, tr(D' H D)."""
 
     def loss(scale: jax.Array) -> jax.Array:
         total = jnp.float32(0)

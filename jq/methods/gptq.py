@@ -130,7 +130,7 @@ def gptq_quantize(
 
 @functools.partial(jax.jit, static_argnames=("spec", "config"))
 def factor_hessian(gram: jax.Array, spec: QuantSpec, config: GPTQ) -> HessianFactor:
-    """Order the inputs and factor the Hessian: once for all weights [K, ...] that share the inputs."""
+    """Order the inputs and factor the Hessian: once for all weights that share the inputs."""
     order, group_order = _processing_order(gram, spec, config)
     permuted = gram if order is None else gram[order][:, order]
     damp, root, failed = _damped_root(permuted, config.damp_percent)
@@ -170,8 +170,8 @@ def _processing_order(
 def _damped_root(gram: jax.Array, damp_percent: float) -> tuple[jax.Array, jax.Array, jax.Array]:
     """R upper triangular with H + damping = R R'.
 
-    JAX's Cholesky reports failure as NaN only: check, and try again with more damping.  If every try
-    fails R is the identity, with which nothing is compensated: rounding to nearest.
+    JAX's Cholesky reports failure as NaN only: check, and try again with more damping.  If every
+    try fails R is the identity, with which nothing is compensated: rounding to nearest.
 
     Returns the damping fraction, R, and whether all tries failed.
     """
@@ -208,8 +208,7 @@ def _largest_divisor(size: int, limit: int) -> int:
 
 
 def _solve_dynamic(w, hessian, unit, spec, config):
-    """Groups are runs of consecutive rows in processing order, their ranges those of the compensated
-    weights."""
+    """Groups are runs of rows in processing order, their ranges those of compensated weights."""
     w = w if hessian.order is None else w[hessian.order]
     k, n = w.shape
     groups = spec.num_groups(k)

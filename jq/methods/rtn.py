@@ -22,7 +22,8 @@ class RTN:
     """Round every weight to the nearest point of its group's grid.
 
     clip: "none" takes the group's full range; "mse" the range with the least squared weight error;
-      "output" the range with the least squared error of the output on calibration inputs (needs their statistics).
+      "output" the range with the least squared error of the group's part of the output on
+      calibration inputs, whose statistics it needs.
     """
 
     clip: Clip = "none"

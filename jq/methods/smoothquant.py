@@ -1,8 +1,8 @@
 """SmoothQuant (Xiao et al., arXiv 2211.10438): move the activations' outliers into the weights.
 
-s_j = max|x_j|^alpha / max|w_j|^(1 - alpha) per input channel j (equation 4); x / s and s W are then both easy to
-round to 8 bits.  How activations are quantized is the spec's: `jq.spec.w8a8` gives the paper's O1,
-O2 and O3.
+s_j = max|x_j|^alpha / max|w_j|^(1 - alpha) per input channel j (equation 4); x / s and s W are
+then both easy to round to 8 bits.  How activations are quantized is the spec's: `jq.spec.w8a8`
+gives the paper's O1, O2 and O3.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def search_alpha(
 def output_loss(
     weights: Sequence[jax.Array], x: Float[Array, "T K"], spec: QuantSpec
 ) -> Callable[[jax.Array], jax.Array]:
-    """Loss of a scale: squared error of the outputs with both operands rounded, on sample inputs x."""
+    """Loss of a scale: squared error of the outputs on sample inputs x, both operands rounded."""
     x = x.astype(jnp.float32)
     w = jnp.concatenate([w.astype(jnp.float32) for w in weights], axis=1)
     # A GPU's default, TF32, would be as far off as what is to be measured.

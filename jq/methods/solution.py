@@ -34,9 +34,9 @@ class Solution(NamedTuple):
         return w if self.order is None else w[jnp.argsort(self.order)]
 
     def columns(self, start: int, stop: int) -> Solution:
-        """The solution of some of the outputs (linears that share an input are solved side by side)."""
-        cut = (a[:, start:stop] for a in (self.codes, self.scale, self.zero))
-        return Solution(*cut, self.order)
+        """The solution of some of the outputs: linears that share an input are solved as one."""
+        codes, scale, zero = (a[:, start:stop] for a in (self.codes, self.scale, self.zero))
+        return Solution(codes, scale, zero, self.order)
 
     def to_qtensor(
         self, spec: QuantSpec, *, input_scale: jax.Array | None = None, path: str = "weight"
