@@ -27,9 +27,11 @@ from jq.demo_model import demo_model_path
 from jq.errors import JaxqError
 from jq.evaluate import Evaluation, evaluate
 from jq.models import Sampling, Tokenizer, stream_text
+from jq.pipeline import check_output
 from jq.presets import preset
 from jq.qtensor import QTensor
-from jq.recipe import uniform
+from jq.recipe import Method, uniform
+from jq.spec import QuantSpec
 from scripts import _report
 from scripts._report import Column, GrowingTable, Point
 
@@ -119,6 +121,27 @@ class Result:
         ]
 
 
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A method and a format to try; `name` is a key of `METHODS`."""
+
+    name: str
+    spec: QuantSpec
+    method: Method
+
+
+def plan(options: Options) -> list[Run]:
+    """What is tried, in the order of the table; SpecError for bits that do not exist."""
+    weights = [name for name in METHODS if name not in EIGHT_BIT]
+    runs = [(name, bits) for bits in options.bits for name in weights]
+    runs += [(name, None) for name in METHODS if name in EIGHT_BIT]
+    made = []
+    for name, bits in runs:
+        key, changes = METHODS[name]
+        made.append(Run(name, *preset(key, bits=bits, **changes)))
+    return made
+
+
 class Demo:
     """The embedded model with its texts, and the options."""
 
@@ -141,18 +164,16 @@ class Demo:
         self.calibration = calibration_data(config, **knobs)
         self.held_out = token_stream(self.folder / "evaluation.txt", **knobs)
 
-    def quantize(self, name: str, bits: int | None, status: Any) -> Any:
+    def quantize(self, run: Run, status: Any) -> Any:
         """Parameters with QTensors in place of the linears' kernels."""
-        key, changes = METHODS[name]
-        spec, method = preset(key, bits=bits, **changes)
         params, _ = quantize_model(
             self.model,
             self.params,
-            uniform(spec, method),
+            uniform(run.spec, run.method),
             self.calibration.tokens,
             mask=self.calibration.mask,
             batch_size=8,
-            progress=lambda p: status(f"{name}: quantizing {p.block} ({p.done}/{p.total})"),
+            progress=lambda p: status(f"{run.name}: quantizing {p.block} ({p.done}/{p.total})"),
         )
         return params
 
@@ -183,19 +204,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: Options) -> int:
     """Quantize and measure everything, then generate."""
     start = time.perf_counter()
+    runs, checkpoint = plan(options), options.out / "checkpoint"
     options.out.mkdir(parents=True, exist_ok=True)
+    check_output(checkpoint, overwrite=True)
     demo = Demo(options)
     config = demo.model.config
+    parameters = sum(leaf.size for _, leaf in tree.leaves(demo.params))
     print(
         f"The embedded model: {config.num_hidden_layers} layers of {config.hidden_size}, "
-        f"{sum(leaf.size for _, leaf in tree.leaves(demo.params)):,} parameters, on {machine()}.\n"
-        f"Calibration: {demo.calibration.num_tokens:,} tokens. Perplexity per token, on at most "
-        f"{options.windows} windows of {demo.seq_len} held-out tokens; +- is one standard error.\n"
+        f"{parameters:,} parameters, on {machine()}.\n"
+        f"Calibration: {demo.calibration.num_tokens:,} tokens. Perplexity: per token, at most "
+        f"{options.windows} held-out windows of {demo.seq_len}; +- is one standard error.\n"
     )
-    results, saved = compare(demo)
+    results, (name, params) = compare(demo, runs)
     write_results(options, demo, results, time.perf_counter() - start)
-    name, params = saved
-    checkpoint = options.out / "checkpoint"
     save(checkpoint, demo.model, params, config_files_from=demo.folder, overwrite=True)
     print(f"\n{name}, saved as {checkpoint} and loaded again, continues a prompt:\n")
     write_text(checkpoint, options)
@@ -205,26 +227,23 @@ def run(options: Options) -> int:
     return 0
 
 
-def compare(demo: Demo) -> tuple[list[Result], tuple[str, Any]]:
+def compare(demo: Demo, runs: Sequence[Run]) -> tuple[list[Result], tuple[str, Any]]:
     """The results, the unquantized model first, and a quantized model to keep, with its name."""
-    weights = [(name, bits) for bits in demo.options.bits for name in METHODS]
-    runs = [(name, bits) for name, bits in weights if name not in EIGHT_BIT]
-    runs += [(name, None) for name in EIGHT_BIT]
-    keep = SAVED if SAVED in runs else runs[0]
+    keep = next((run for run in runs if (run.name, run.spec.bits) == SAVED), runs[0])
     results, kept = [], ("", None)
     with GrowingTable(COLUMNS) as table:
         evaluation = demo.measure(demo.params, None, table.status, "unquantized")
         results.append(result("unquantized", demo.params, evaluation, None))
         table.add(results[-1].cells())
-        for name, bits in runs:
+        for run in runs:
             start = time.perf_counter()
-            params = demo.quantize(name, bits, table.status)
+            params = demo.quantize(run, table.status)
             seconds = time.perf_counter() - start
-            evaluation = demo.measure(params, demo.params, table.status, name)
-            results.append(result(name, params, evaluation, seconds))
+            evaluation = demo.measure(params, demo.params, table.status, run.name)
+            results.append(result(run.name, params, evaluation, seconds))
             table.add(results[-1].cells())
-            if (name, bits) == keep:
-                kept = (f"{name} at {results[-1].weights}", params)
+            if run is keep:
+                kept = (f"{run.name}, {results[-1].weights}", params)
     return results, kept
 
 
