@@ -67,8 +67,8 @@ class Options:
     Attributes:
         out: the folder for the results and the quantized model.
         bits: of the weight-only methods.
-        calib_samples: windows of 256 tokens to calibrate on.
-        windows: held-out windows of 256 tokens to measure on.
+        calib_samples: windows to calibrate on, each as long as the model's context.
+        windows: held-out windows to measure on.
         prompt: what the quantized model continues.
         new_tokens: how many it writes.
     """
@@ -76,7 +76,7 @@ class Options:
     out: Path = Path("demo-output")
     bits: tuple[int, ...] = (4, 3)
     calib_samples: int = 32
-    windows: int = 64
+    windows: int = 40
     prompt: str = "list.append(object, /)\n    "
     new_tokens: int = 120
 
@@ -172,7 +172,7 @@ class Demo:
             uniform(run.spec, run.method),
             self.calibration.tokens,
             mask=self.calibration.mask,
-            batch_size=8,
+            batch_size=4,
             progress=lambda p: status(f"{run.name}: quantizing {p.block} ({p.done}/{p.total})"),
         )
         return params
@@ -186,7 +186,7 @@ class Demo:
             reference_params=reference,
             seq_len=self.seq_len,
             max_windows=self.options.windows,
-            batch_size=8,
+            batch_size=4,
             progress=lambda done, total: status(f"{name}: measuring, window {done}/{total}"),
         )
 
