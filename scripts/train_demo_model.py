@@ -3,8 +3,8 @@
     python scripts/train_demo_model.py --out DIR
 
 Everything comes from the running Python: language topics and docstrings of the standard library.
-A run that was stopped goes on from its last checkpoint (`DIR/training.npz`) when started again;
-it must then be given the same options.
+A run that was stopped goes on from its last checkpoint (`DIR/training.npz`) when started again,
+under the options it is then given; README.md says which steps ran under which.
 """
 
 from __future__ import annotations
@@ -129,6 +129,7 @@ def run(arguments: Arguments) -> None:
                 "loss": loss,
                 "held_out": heard,
                 "seconds": progress.seconds(),
+                "settings": dataclasses.asdict(settings),
             }
             with (out / LOG_FILE).open("a", encoding="utf-8") as log:
                 log.write(json.dumps(entry) + "\n")

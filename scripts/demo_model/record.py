@@ -45,7 +45,8 @@ def readme(
     """Markdown.
 
     Args:
-        log: entries with step, loss, held_out and seconds, in order.
+        settings: of the last run.
+        log: entries with step, loss, held_out, seconds and settings, in order.
         loss, rounded_loss: held-out loss in nats a token of the saved model, and of it after
             3-bit rounding.
     """
@@ -59,7 +60,6 @@ def readme(
         f"embeddings, context {config.max_position_embeddings}"
     )
     tokens = settings.steps * settings.batch_size * settings.seq_len
-    chosen = ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(settings).items())
     return f"""# The demonstration model
 
 A Llama-architecture language model of Python's own documentation: {shape}.
@@ -93,7 +93,10 @@ Perplexity on `evaluation.txt`, token level, float32 arithmetic; non-overlapping
 
 ## Training
 {train_tokens:,} tokens of text; {tokens:,} tokens seen, {tokens / train_tokens:.1f} epochs.
-Muon for the kernels, AdamW for embedding and norms: {chosen}.
+Muon for the kernels, AdamW for embedding and norms.
+
+{settings_text(settings, log)}
+
 Run on {datetime.date.today():%d %B %Y}, {sum_of_runs(log):.0f} seconds on \
 {jax.devices()[0].platform.upper()}, JAX {jax.__version__}, optax {version("optax")}, \
 tokenizers {version("tokenizers")}.
@@ -104,6 +107,27 @@ tokenizers {version("tokenizers")}.
 
 Losses are in nats a token, of the float32 weights.
 """
+
+
+def settings_text(settings: Settings, log: Sequence[Mapping[str, Any]]) -> str:
+    """A list of the settings, and of which steps ran under others (a run that was resumed)."""
+    last = dataclasses.asdict(settings)
+    ends: list[tuple[int, Mapping[str, Any]]] = []
+    for entry in log:
+        used = entry.get("settings", {})
+        if ends and ends[-1][1] == used:
+            ends.pop()
+        ends.append((entry["step"], used))
+    text = ", ".join(f"{k} {v}" for k, v in last.items())
+    lines = [f"* {text}"]
+    for step, used in ends:
+        changed = {k: used[k] for k in last if k in used and used[k] != last[k]}
+        if changed:
+            others = ", ".join(f"{k} {v}" for k, v in changed.items())
+            lines.append(f"* up to step {step} with {others}, then resumed")
+        elif not used:
+            lines.append(f"* up to step {step} the settings were not recorded")
+    return "\n".join(lines)
 
 
 def parameters(config: ModelConfig) -> int:

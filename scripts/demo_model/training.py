@@ -176,6 +176,12 @@ def train(
     return State(step, params, opt_state)
 
 
+@functools.cache
+def make_scorer(model: Decoder) -> Callable[..., jax.Array]:
+    """Jitted (params, rows `[B, T]`) -> losses `[B, T-1]` (see `token_losses`)."""
+    return jax.jit(lambda params, rows: token_losses(model, params, rows)[0])
+
+
 def held_out_loss(
     model: Decoder, params: Params, stream: np.ndarray, seq_len: int, batch_size: int = 8
 ) -> float:
@@ -187,7 +193,7 @@ def held_out_loss(
     rows = stream[: len(stream) // seq_len * seq_len].reshape(-1, seq_len)
     if not len(rows):
         raise ValueError(f"{len(stream)} held-out tokens do not fill a window of {seq_len}")
-    score = jax.jit(lambda params, rows: token_losses(model, params, rows)[0])
+    score = make_scorer(model)
     total = [
         np.asarray(score(params, rows[i : i + batch_size]), np.float64).sum()
         for i in range(0, len(rows), batch_size)

@@ -232,6 +232,18 @@ def test_seconds_add_up_over_resumed_runs():
     assert record.sum_of_runs([{"seconds": s} for s in (1.0, 2.0, 0.5, 3.0)]) == 5.0
 
 
+def test_record_says_which_steps_ran_under_other_settings():
+    before, after = (dataclasses.asdict(dataclasses.replace(TINY, steps=n)) for n in (90, 60))
+    log = [{"step": s, "settings": before} for s in (10, 20)] + [{"step": 60, "settings": after}]
+    text = record.settings_text(dataclasses.replace(TINY, steps=60), log)
+    assert text.splitlines()[0].startswith("* steps 60, batch_size 4")
+    assert text.splitlines()[1:] == ["* up to step 20 with steps 90, then resumed"]
+    same = record.settings_text(dataclasses.replace(TINY, steps=60), log[-1:])
+    assert len(same.splitlines()) == 1
+    unknown = record.settings_text(TINY, [{"step": 5}])
+    assert unknown.splitlines()[1:] == ["* up to step 5 the settings were not recorded"]
+
+
 # --- the shipped model
 
 
