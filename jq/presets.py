@@ -46,7 +46,7 @@ class Preset:
     kind: Literal["int", "fp8"] | None = None
     bits: int = 4
     group_size: int = 128
-    symmetric: bool = True
+    symmetric: bool = False
     activation: str = "none"
 
 
@@ -69,6 +69,7 @@ PRESETS: dict[str, Preset] = {
         SmoothQuant(),
         bits=8,
         group_size=-1,
+        symmetric=True,
         activation="int8-token",
     ),
     "smoothquant-fp8": Preset(
@@ -77,6 +78,7 @@ PRESETS: dict[str, Preset] = {
         kind="fp8",
         bits=8,
         group_size=-1,
+        symmetric=True,
         activation="fp8-token",
     ),
     "int8": Preset(
@@ -85,6 +87,7 @@ PRESETS: dict[str, Preset] = {
         kind="int",
         bits=8,
         group_size=-1,
+        symmetric=True,
         activation="int8-token",
     ),
     "fp8": Preset(
@@ -93,6 +96,7 @@ PRESETS: dict[str, Preset] = {
         kind="fp8",
         bits=8,
         group_size=-1,
+        symmetric=True,
         activation="fp8-token",
     ),
 }

@@ -108,7 +108,8 @@ class QuantSpec:
             )
         if self.granularity == "group":
             raise SpecError(
-                "8-bit activations need one scale per output: granularity 'channel' or 'tensor'"
+                "8-bit activations need one weight scale per output: "
+                "granularity 'channel' or 'tensor'"
             )
 
     @property

@@ -15,10 +15,10 @@ from jq.spec import FP8, ActivationSpec, QuantSpec, w4a16, w8a8
 @pytest.mark.parametrize(
     ("name", "spec", "method"),
     [
-        ("gptq", w4a16(128), GPTQ(act_group_aware=True)),
-        ("gptq-act-order", w4a16(128), GPTQ(desc_act=True)),
-        ("awq", w4a16(128), AWQ()),
-        ("rtn", w4a16(128), RTN()),
+        ("gptq", w4a16(128, symmetric=False), GPTQ(act_group_aware=True)),
+        ("gptq-act-order", w4a16(128, symmetric=False), GPTQ(desc_act=True)),
+        ("awq", w4a16(128, symmetric=False), AWQ()),
+        ("rtn", w4a16(128, symmetric=False), RTN()),
         ("smoothquant", w8a8(), SmoothQuant()),
         ("smoothquant-fp8", w8a8(FP8), SmoothQuant()),
         ("int8", w8a8(), RTN()),
@@ -67,7 +67,7 @@ def test_every_activation_is_tested_above():
 def test_weights_alone_can_be_8_bits():
     assert preset("int8", activation="none")[0] == QuantSpec("int8", -1)
     assert preset("fp8", activation="none")[0] == QuantSpec(FP8, -1)
-    assert preset("rtn", bits=8, group_size=32)[0] == QuantSpec("int8", 32)
+    assert preset("rtn", bits=8, group_size=32)[0] == QuantSpec("int8", 32, False)
     assert preset("fp8", activation="fp8-block", group_size=64)[0].group_size == 64
 
 
