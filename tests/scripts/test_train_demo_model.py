@@ -284,4 +284,4 @@ def test_shipped_perplexity_is_what_its_readme_says(shipped):
     stated, stated_rounded = stated_perplexities(folder)
     np.testing.assert_allclose(np.exp(loss), stated, rtol=0.01)
     np.testing.assert_allclose(np.exp(rounded), stated_rounded, rtol=0.01)
-    assert np.exp(rounded - loss) > 1.02
+    assert np.exp(rounded - loss) > 1.03
