@@ -8,7 +8,7 @@ only reads a config pays for nothing else:
     jq.models.decoder      Decoder, the Linen model, which also speaks the blockwise protocol
     jq.models.hf_weights   HFCheckpoint (reads safetensors block by block), save_hf
     jq.models.tokenizer    Tokenizer
-    jq.models.generate     generate, stream, stream_text
+    jq.models.generation   generate, stream, stream_text
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _EXPORTS = {
     "RopeConfig": "rope",
     "Sampling": "sampling",
     "Tokenizer": "tokenizer",
-    "generate": "generate",
+    "generate": "generation",
     "save_hf": "hf_weights",
-    "stream": "generate",
-    "stream_text": "generate",
+    "stream": "generation",
+    "stream_text": "generation",
 }
 
 __all__ = sorted(_EXPORTS)

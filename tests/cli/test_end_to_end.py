@@ -12,7 +12,7 @@ from jq.checkpoint import load_params, read_manifest
 from jq.cli import main
 from jq.evaluate import evaluate
 from jq.models import Tokenizer
-from jq.models.generate import generate
+from jq.models.generation import generate
 from jq.presets import PRESETS, preset
 from jq.qtensor import QTensor
 from jq.spec import QuantSpec, w8a8

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from jq.errors import ModelError
-from jq.models.generate import stream_text
+from jq.models.generation import stream_text
 from jq.models.tokenizer import TextStream, Tokenizer
 
 TEXT = "Grüße, 世界! 👩‍🚀 flies  twice;\nNaïve café — 漢字 and 🎉🎉."
@@ -120,7 +120,7 @@ def test_text_from_a_model(folder, load):
     model = model.clone(config=config)
     pieces = list(stream_text(model, params, tokenizer, "the café", 8))
     assert all(pieces)
-    from jq.models.generate import generate
+    from jq.models.generation import generate
 
     (ids,) = generate(model, params, [tokenizer.encode("the café")], 8)
     assert "".join(pieces) == tokenizer.decode(ids)

@@ -9,8 +9,8 @@ import pytest
 
 from jq import tree
 from jq.errors import ModelError, NonFiniteError
-from jq.models import generate as generation
-from jq.models.generate import FINISHED, bucket, generate, stream
+from jq.models import generation
+from jq.models.generation import FINISHED, bucket, generate, stream
 from jq.models.sampling import Sampling
 from tests.models.running import TOKENS
 from tests.oracles.decoder import decoder_logits
