@@ -20,18 +20,15 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file: find scripts.*
 
+import jq
 from jq import tree
-from jq.api import load, save
-from jq.calib import CalibrationConfig, calibration_data, quantize_model, token_stream
+from jq.calib import token_stream
 from jq.demo_model import demo_model_path
-from jq.errors import JaxqError
-from jq.evaluate import Evaluation, evaluate
+from jq.evaluate import Evaluation
 from jq.models import Sampling, Tokenizer, stream_text
 from jq.pipeline import check_output
 from jq.presets import preset
-from jq.qtensor import QTensor
-from jq.recipe import Method, uniform
-from jq.spec import QuantSpec
+from jq.recipe import Method
 from scripts import _report
 from scripts._report import Column, GrowingTable, Point
 
@@ -48,15 +45,15 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 EIGHT_BIT = ("int8", "SmoothQuant int8", "fp8")
 SAVED = ("GPTQ", 4)
 
+# Together 80 characters wide, as many terminals are.
 COLUMNS = (
-    Column("method", 16, "l"),
-    Column("weights", 9, "l"),
-    Column("bits/weight", 11),
-    Column("MB", 5),
-    Column("perplexity", 17),
-    Column("increase", 17),
-    Column("KL (nats)", 19),
-    Column("seconds", 7),
+    Column("method", 19, "l"),
+    Column("bits", 5),
+    Column("MB", 4),
+    Column("perplexity", 11),
+    Column("increase", 13),
+    Column("KL (mnat)", 11),
+    Column("s", 5),
 )
 
 
@@ -109,14 +106,14 @@ class Result:
 
     def cells(self) -> list[str]:
         """The line as text, in the order of `COLUMNS`."""
+        weights = self.weights.partition(" ")[0].replace("bfloat", "bf")
         return [
-            self.method,
-            self.weights,
-            f"{self.bits_per_weight:.3f}",
+            self.method if self.method.endswith(weights) else f"{self.method} {weights}",
+            f"{self.bits_per_weight:.2f}",
             f"{self.megabytes:.2f}",
-            _plus_minus(self.perplexity, self.perplexity_stderr, "", 3),
-            _plus_minus(self.increase, self.increase_stderr, "+", 3),
-            _plus_minus(self.kl, self.kl_stderr, "", 5),
+            _plus_minus(self.perplexity, self.perplexity_stderr, ".2f"),
+            _plus_minus(self.increase, self.increase_stderr, "+.3f"),
+            "" if self.kl is None else _plus_minus(1e3 * self.kl, 1e3 * (self.kl_stderr or 0)),
             "" if self.seconds is None else f"{self.seconds:.1f}",
         ]
 
@@ -126,7 +123,7 @@ class Run:
     """A method and a format to try; `name` is a key of `METHODS`."""
 
     name: str
-    spec: QuantSpec
+    spec: jq.QuantSpec
     method: Method
 
 
@@ -148,7 +145,7 @@ class Demo:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.folder = demo_model_path()
-        self.model, self.params = load(self.folder)
+        self.model, self.params = jq.load(self.folder)
         self.tokenizer = Tokenizer(self.folder)
         # The model's context, which is also what its texts are cut into.
         self.seq_len = self.model.config.max_position_embeddings
@@ -156,20 +153,20 @@ class Demo:
             "vocab_size": self.model.config.vocab_size,
             "encode": self.tokenizer.encode,
         }
-        config = CalibrationConfig(
+        config = jq.CalibrationConfig(
             calib_dataset=str(self.folder / "calibration.txt"),
             calib_samples=options.calib_samples,
             calib_seqlen=self.seq_len,
         )
-        self.calibration = calibration_data(config, **knobs)
+        self.calibration = jq.calibration_data(config, **knobs)
         self.held_out = token_stream(self.folder / "evaluation.txt", **knobs)
 
     def quantize(self, run: Run, status: Any) -> Any:
         """Parameters with QTensors in place of the linears' kernels."""
-        params, _ = quantize_model(
+        params, _ = jq.quantize_model(
             self.model,
             self.params,
-            uniform(run.spec, run.method),
+            jq.uniform(run.spec, run.method),
             self.calibration.tokens,
             mask=self.calibration.mask,
             batch_size=4,
@@ -179,7 +176,7 @@ class Demo:
 
     def measure(self, params: Any, reference: Any, status: Any, name: str) -> Evaluation:
         """Perplexity on text the model was not trained on, and how far it is from `reference`."""
-        return evaluate(
+        return jq.evaluate(
             self.model,
             params,
             self.held_out,
@@ -196,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = tyro.cli(Options, description="Every method on the embedded model.", args=arguments)
     try:
         return run(options)
-    except (JaxqError, OSError) as error:
+    except (jq.JaxqError, OSError) as error:
         print(f"demo: error: {error}", file=sys.stderr)
         return 2
 
@@ -213,12 +210,18 @@ def run(options: Options) -> int:
     print(
         f"The embedded model: {config.num_hidden_layers} layers of {config.hidden_size}, "
         f"{parameters:,} parameters, on {machine()}.\n"
-        f"Calibration: {demo.calibration.num_tokens:,} tokens. Perplexity: per token, at most "
-        f"{options.windows} held-out windows of {demo.seq_len}; +- is one standard error.\n"
+        f"Calibration: {demo.calibration.num_tokens:,} tokens. Groups of 128 with zero points, but "
+        "per output at 8 bits,\nwhere activations are quantized as well.\n\n"
+        f"perplexity  per token, on {options.windows} held-out windows of {demo.seq_len} at most; "
+        "± is one standard error\n"
+        "increase    over the unquantized model's, window by window\n"
+        "KL          from the unquantized model, thousandths of a nat per token\n"
+        "bits, MB    per weight of the linears, scales included; of the whole model\n"
+        "s           seconds to quantize, compilation included\n"
     )
     results, (name, params) = compare(demo, runs)
     write_results(options, demo, results, time.perf_counter() - start)
-    save(checkpoint, demo.model, params, config_files_from=demo.folder, overwrite=True)
+    jq.save(checkpoint, demo.model, params, config_files_from=demo.folder, overwrite=True)
     print(f"\n{name}, saved as {checkpoint} and loaded again, continues a prompt:\n")
     write_text(checkpoint, options)
     seconds = time.perf_counter() - start
@@ -250,7 +253,7 @@ def compare(demo: Demo, runs: Sequence[Run]) -> tuple[list[Result], tuple[str, A
 def result(name: str, params: Any, evaluation: Evaluation, seconds: float | None) -> Result:
     """What was measured, as a line."""
     leaves = [leaf for _, leaf in tree.leaves(params)]
-    linears = [leaf for leaf in leaves if isinstance(leaf, QTensor)]
+    linears = [leaf for leaf in leaves if isinstance(leaf, jq.QTensor)]
     bits, weights = 8.0 * leaves[0].dtype.itemsize, str(leaves[0].dtype)
     if linears:
         bits = 8 * sum(w.nbytes for w in linears) / sum(w.k * w.n for w in linears)
@@ -307,7 +310,7 @@ def write_results(options: Options, demo: Demo, results: Sequence[Result], secon
 
 def write_text(checkpoint: Path, options: Options) -> None:
     """Load a quantized model, and print a continuation as it comes."""
-    model, params = load(checkpoint)
+    model, params = jq.load(checkpoint)
     tokenizer = Tokenizer(checkpoint)
     print(options.prompt, end="", flush=True)
     sampling = Sampling(temperature=0.5, top_p=0.9)
@@ -332,8 +335,8 @@ def machine() -> str:
     return f"{_report.usable_cores()} CPU cores"
 
 
-def _plus_minus(value: float | None, error: float | None, sign: str, digits: int) -> str:
-    return "" if value is None else f"{value:{sign}.{digits}f} +- {error:.{digits}f}"
+def _plus_minus(value: float | None, error: float | None, form: str = ".2f") -> str:
+    return "" if value is None else f"{value:{form}} ±{error:{form.lstrip('+')}}"
 
 
 if __name__ == "__main__":

@@ -36,8 +36,10 @@ def test_lines_have_a_cell_per_column():
     assert "None" not in " ".join(plain.cells())
     line = demo.Result("RTN", "int3 g128", 3.148, 2.0, 9.8, 0.3, 0.3, 0.02, 0.03, 0.001, 0.9, 4.2)
     cells = dict(zip((c.header for c in demo.COLUMNS), line.cells(), strict=True))
-    assert cells["increase"] == "+0.300 +- 0.020"
-    assert cells["KL (nats)"] == "0.03000 +- 0.00100"
+    assert cells["method"] == "RTN int3"
+    assert cells["increase"] == "+0.300 ±0.020"
+    assert cells["KL (mnat)"] == "30.00 ±1.00"
+    assert sum(column.width + 2 for column in demo.COLUMNS) - 2 <= 80
     for column, cell in zip(demo.COLUMNS, line.cells(), strict=True):
         assert len(cell) <= column.width
 
@@ -98,7 +100,7 @@ def test_results_are_in_every_file(short):
         assert set(row) == set(line)
         numbers = {key: value for key, value in line.items() if isinstance(value, float)}
         assert numbers == {key: float(row[key]) for key in numbers}
-        text = f"{line['perplexity']:.3f} +- {line['perplexity_stderr']:.3f}"
+        text = f"{line['perplexity']:.2f} ±{line['perplexity_stderr']:.2f}"
         assert text in printed
         assert text in (out / "results.md").read_text()
     assert facts["windows"] == 3
