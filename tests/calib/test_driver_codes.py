@@ -81,8 +81,9 @@ def test_awq_on_its_full_grid():
 
 
 @pytest.mark.slow
-def test_awq_with_a_fixed_exponent_and_gptq():
-    method = AWQ(search_scale=False, duo_scaling=True, rounding=GPTQ(desc_act=True))
+@pytest.mark.parametrize("rounding", [GPTQ(desc_act=True), GPTQ(true_sequential=False)])
+def test_awq_with_a_fixed_exponent_and_gptq(rounding):
+    method = AWQ(search_scale=False, duo_scaling=True, rounding=rounding)
     assert verdict(uniform(INT4, method)).differing == 0
 
 
