@@ -30,7 +30,7 @@ def test_the_default_calibrates_on_the_demos_text(call, tmp_path):
     assert done.code == 0
     calibration = read_manifest(tmp_path / "q").meta["calibration"]
     assert calibration["source"] == "calibration.txt"
-    assert calibration["seq_len"] == 256
+    assert calibration["seq_len"] == 512
 
 
 def test_a_folder_of_that_name_can_still_be_meant(call, tmp_path, monkeypatch):

@@ -47,7 +47,7 @@ def test_options_reach_spec_method_and_manifest(int4):
     assert (meta["calibration"]["samples"], meta["calibration"]["seq_len"]) == (4, 32)
     tensors = quantized(int4)
     assert len(tensors) == LINEARS
-    assert {w.spec for w in tensors} == {QuantSpec("int4", 32, True)}
+    assert {w.spec for w in tensors} == {QuantSpec("int4", 32, symmetric=False)}
 
 
 def test_the_tokenizer_travels(int4, tiny):
@@ -79,7 +79,8 @@ def test_quantize_tells_of_layers_and_time(call, tiny, tmp_path):
     assert re.fullmatch(rf"quantize 1/8  layers_0 qkv  {clock}", lines[0])
     assert re.fullmatch(rf"quantize 8/8  layers_1 down  {clock}", lines[-1])
     assert lines[-1].endswith("left 0:00")
-    assert f"{LINEARS} quantized, 4.250 bits per weight" in done.out
+    # 4 bits, and a 16-bit scale and a 4-bit zero point for every 64.
+    assert f"{LINEARS} quantized, 4.312 bits per weight" in done.out
 
 
 def test_skipped_linears_stay(call, tiny, tmp_path):
@@ -128,7 +129,7 @@ def test_inspect_lists_every_tensor_and_the_totals(call, int4):
     done = call("inspect", int4)
     assert (done.code, done.err) == (0, "")
     assert "layers_1/mlp/down_proj/kernel" in done.out
-    assert f"{LINEARS} quantized, 4.500 bits per weight" in done.out
+    assert f"{LINEARS} quantized, 4.625 bits per weight" in done.out
     assert "GPTQ(damp_percent=0.05" in done.out
     assert "source words.txt, samples 4" in done.out
 
