@@ -69,7 +69,7 @@ def test_gptq_of_other_families(name):
 
 def test_awq():
     found = verdict(
-        uniform(INT3, AWQ(n_grid=8, duo_scaling=True, search_tokens=2 * decoders.LENGTH))
+        uniform(INT3, AWQ(n_grid=5, duo_scaling=True, search_tokens=2 * decoders.LENGTH))
     )
     assert found.differing == 0
     assert len(set(found.choices.values())) > 1
@@ -117,6 +117,7 @@ MIXED = (
 )
 
 
+@pytest.mark.slow
 def test_mixed_recipe():
     assert verdict(MIXED).differing == 0
     found = decoders.qtensors(quantized(MIXED)[0])

@@ -28,7 +28,13 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *["gptq", "awq", "smoothquant"],
+        *[pytest.param(n, marks=pytest.mark.slow) for n in ("rtn", "both")],
+    ],
+)
 def test_a_model_of_ones_own(name):
     model, params = toy.Toy(), toy.make_params()
     assert isinstance(model, BlockwiseModel)

@@ -26,6 +26,8 @@ from tests.oracles import awq as awq_oracle
 from tests.oracles import gptq, qmatmul, rtn, smoothquant
 from tests.oracles.formats import format_of
 
+pytestmark = pytest.mark.usefixtures("fast_compiles")
+
 INT4 = QuantSpec("int4", 8, False, scale_dtype="float32")
 WIDTH, HIDDEN = 16, 32
 
