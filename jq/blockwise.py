@@ -42,7 +42,11 @@ class LinearGroup:
 
 @runtime_checkable
 class BlockwiseModel(Protocol):
-    """What the calibration driver needs of a model.  Methods are pure and may be jitted."""
+    """What the calibration driver needs of a model.
+
+    Methods are pure and may be jitted; the model is hashable, since it is a static argument of
+    compiled programs.
+    """
 
     @property
     def block_names(self) -> tuple[str, ...]:
