@@ -81,7 +81,7 @@ def test_folding_into_narrow_parameters(monkeypatch):
 
 LEFT = (
     Rule("layers_1/attention/k_proj|gate_proj", None),
-    Rule(".*", QuantSpec("int8", 16), AWQ(n_grid=2)),
+    Rule(".*", QuantSpec("int8", 16), AWQ(search_scale=False, rounding=RTN())),
 )
 
 

@@ -111,7 +111,7 @@ def test_the_batch_size_changes_no_code_of_a_small_model():
     recipe = uniform(QuantSpec("int4", 8, False), GPTQ())
     made = [
         driver.quantize_model(toy.Toy(), params, recipe, toy.tokens(), batch_size=batch_size)[0]
-        for batch_size in (1, 2, 4, 100)
+        for batch_size in (1, 4)
     ]
     assert all(decoders.same(made[0], other) for other in made[1:])
 
