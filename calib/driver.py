@@ -24,7 +24,7 @@ from jq.calib.scaling import Scaling, choose_scale, sample
 from jq.calib.stages import Stream, prepare_block, run_stage
 from jq.errors import CalibrationError, NonFiniteError, SpecError
 from jq.evaluate.forward import vocabulary_size
-from jq.folding import fold
+from jq.folding import fold, restore_dtypes
 from jq.group import GroupReport, round_group
 from jq.methods.gptq import GPTQ
 from jq.qtensor import QTensor
@@ -235,7 +235,7 @@ class _BlockWork:
                 work = self._round(index, work, None, None)
         else:
             work, stream = self._calibrate(work, stream)
-        work = _restore_dtypes(work, dtypes)
+        work = restore_dtypes(work, dtypes)
         jax.block_until_ready(work)
         seconds = time.perf_counter() - start
         report = BlockReport(self.name, tuple(self.reports), seconds)
@@ -428,10 +428,3 @@ def _warnings(report: GroupReport, rule: Rule, tokens: int, k: int) -> tuple[str
     elif float(report.damp) > rounding.damp_percent * 1.5:
         out.append(f"damping raised from {rounding.damp_percent} to {float(report.damp):g}")
     return tuple(out)
-
-
-def _restore_dtypes(params: Any, dtypes: Mapping[str, Any]) -> Any:
-    for path, leaf in tree.leaves(params):
-        if not isinstance(leaf, QTensor) and leaf.dtype != dtypes[path]:
-            params = tree.replace(params, path, leaf.astype(dtypes[path]))
-    return params

@@ -16,7 +16,7 @@ from jq.calib.stages import Stream
 from jq.methods import awq, smoothquant
 from jq.methods.awq import AWQ
 from jq.methods.smoothquant import SmoothQuant
-from jq.scaling import awq_terms, smooth_terms
+from jq.scaling import awq_terms, smooth_terms, total_loss
 from jq.spec import QuantSpec
 from jq.statistics import InputStats
 
@@ -73,7 +73,7 @@ def choose_scale(
         return Scaling(scale, jnp.float32(method.exponent))
     loss = _block_part_loss(model, kind, index, params, stream, specs)
     if loss is None:
-        loss = _total([awq.gram_loss([w], stats.gram, spec) for w, spec in quantized])
+        loss = total_loss([awq.gram_loss([w], stats.gram, spec) for w, spec in quantized])
     scale, _, best = awq.search_scale(abs_mean, magnitude, loss, method.n_grid)
     return Scaling(scale, jnp.where(best == 0, jnp.nan, (best - 1) / method.n_grid))
 
@@ -87,18 +87,9 @@ def _smooth(group, quantized, stream, stats, method) -> Scaling:
     x = stream.x.reshape(-1, stream.x.shape[-1])
     if stream.mask is not None:
         x = jnp.where(stream.mask.reshape(-1, 1), x, jnp.zeros((), x.dtype))
-    loss = _total([smoothquant.output_loss([w], x, spec) for w, spec in quantized])
+    loss = total_loss([smoothquant.output_loss([w], x, spec) for w, spec in quantized])
     scale, alpha, _ = smoothquant.search_alpha(x_max, w_max, loss)
     return Scaling(scale, alpha)
-
-
-def _total(losses: Sequence[Callable[[jax.Array], jax.Array]]) -> Callable[[jax.Array], jax.Array]:
-    """The sum of several losses of one scale."""
-
-    def total(scale: jax.Array) -> jax.Array:
-        return functools.reduce(jnp.add, [loss(scale) for loss in losses])
-
-    return total
 
 
 def _block_part_loss(

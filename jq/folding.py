@@ -8,6 +8,7 @@ multiplies channel by channel).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -80,6 +81,17 @@ def fold(
         path = f"{linear}/kernel"
         out = tree.replace(out, path, _scaled(_plain(out, path), scale[:, None]))
     return out, scale
+
+
+def restore_dtypes(params: Any, dtypes: Mapping[str, Any]) -> dict[str, Any]:
+    """Cast plain leaves back to the dtypes [path -> dtype] they had before they were widened.
+
+    Quantized leaves, and paths that `dtypes` does not name, stay as they are.
+    """
+    for path, leaf in tree.leaves(params):
+        if path in dtypes and not isinstance(leaf, QTensor) and leaf.dtype != dtypes[path]:
+            params = tree.replace(params, path, leaf.astype(dtypes[path]))
+    return params
 
 
 def _plain(params: Params, path: str) -> jax.Array:

@@ -18,7 +18,7 @@ from jax.core import Tracer
 from jq import tree
 from jq.blockwise import LinearGroup
 from jq.errors import CalibrationError, NonFiniteError, SpecError
-from jq.folding import fold
+from jq.folding import fold, restore_dtypes
 from jq.group import GroupReport, round_group
 from jq.methods import awq, smoothquant
 from jq.methods.awq import AWQ
@@ -27,7 +27,7 @@ from jq.methods.smoothquant import SmoothQuant
 from jq.preflight import check_recipe
 from jq.qtensor import QTensor
 from jq.recipe import Recipe, Rule, needs_calibration, resolve, rounding_of
-from jq.scaling import awq_terms, scaling_method, smooth_terms
+from jq.scaling import awq_terms, scaling_method, smooth_terms, total_loss
 from jq.spec import QuantSpec
 from jq.statistics import InputStats, rescale
 
@@ -89,7 +89,7 @@ def quantize(
         work, scales[unit] = fold(work, unit.group, scale)
     for unit in units:
         work = _round(work, unit, used[unit], scales.get(unit), on_group)
-    return _restore_dtypes(work, dtypes)
+    return restore_dtypes(work, dtypes)
 
 
 class _Unit(NamedTuple):
@@ -242,11 +242,7 @@ def _group_scale(
     abs_mean, magnitude = awq_terms(group, pairs, stats, method)
     if not method.search_scale:
         return awq.scale_of(method.exponent, abs_mean, magnitude)
-    losses = [awq.gram_loss([w], stats.gram, spec) for w, spec in pairs]
-
-    def loss(scale: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.stack([part(scale) for part in losses]))
-
+    loss = total_loss([awq.gram_loss([w], stats.gram, spec) for w, spec in pairs])
     return awq.search_scale(abs_mean, magnitude, loss, method.n_grid)[0]
 
 
@@ -296,10 +292,3 @@ def _check_solve(paths: tuple[str, ...], report: GroupReport) -> None:
             f"{', '.join(paths)}: no damping up to {float(report.damp):g} makes the Hessian "
             "positive definite: collect from more tokens, raise damp_percent, or use RTN"
         )
-
-
-def _restore_dtypes(params: Any, dtypes: Mapping[str, Any]) -> dict[str, Any]:
-    for path, leaf in tree.leaves(params):
-        if path in dtypes and not isinstance(leaf, QTensor) and leaf.dtype != dtypes[path]:
-            params = tree.replace(params, path, leaf.astype(dtypes[path]))
-    return params

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
 
 from jq.blockwise import LinearGroup
 from jq.errors import SpecError
@@ -75,3 +79,14 @@ def smooth_terms(
 ) -> tuple[Float[Array, "K"], Float[Array, "K"]]:
     """max|x| and max|w|: what `smoothquant.smoothing_scale` takes."""
     return shared_max(stats.abs_max, group), shared_max(smoothquant.weight_max(weights), group)
+
+
+def total_loss(
+    losses: Sequence[Callable[[jax.Array], jax.Array]],
+) -> Callable[[jax.Array], jax.Array]:
+    """The sum of several losses of one scale."""
+
+    def total(scale: jax.Array) -> jax.Array:
+        return functools.reduce(jnp.add, [loss(scale) for loss in losses])
+
+    return total
