@@ -23,7 +23,6 @@ from jq.calib.driver import QuantizedBlock, quantize_blocks
 from jq.calib.report import BlockReport, LinearReport, ProgressCallback
 from jq.calib.tokens import CalibrationData
 from jq.checkpoint import CheckpointWriter, files, is_checkpoint
-from jq.checkpoint.format import MANIFEST
 from jq.errors import CalibrationError, CheckpointError, NonFiniteError, OutputError
 from jq.interrupts import held_back
 from jq.models import Decoder, HFCheckpoint, ModelConfig
@@ -143,9 +142,7 @@ def check_run(
 def check_output(out: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Raise OutputError unless a checkpoint can be made at `out`."""
     path = Path(os.path.realpath(out))
-    files.check_target(
-        path, overwrite=overwrite, replaceable=lambda folder: (folder / MANIFEST).is_file()
-    )
+    files.check_target(path, overwrite=overwrite)
     parent = next(p for p in path.parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{out}: {parent} is not a folder that can be written to; choose another")

@@ -63,12 +63,12 @@ def _problem(group_size: int, block: bool, sizes: Shapes) -> str | None:
         valid.append("-1 (per channel)")
     what = "inputs and outputs" if block else "inputs"
     return (
-        f"group_size {group_size} does not divide the {what} of {', '.join(_listing(wrong))}; "
+        f"group_size {group_size} does not divide the {what} of {', '.join(listed(wrong))}; "
         f"valid for all of the linears: {', '.join(valid) or 'none of the usual'}"
     )
 
 
-def _listing(sizes: Shapes) -> list[str]:
+def listed(sizes: Shapes) -> list[str]:
     """Tensors with their sizes, equal layers together: "layers_0..31/mlp/down_proj (688)"."""
     layers: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     for path, size in sizes.items():

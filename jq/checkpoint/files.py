@@ -10,11 +10,34 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from jq.checkpoint.digests import in_threads
+from jq.checkpoint.format import EXPORT_MANIFEST, MANIFEST
 from jq.errors import OutputError
+
+
+@contextlib.contextmanager
+def building(target: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A hidden sibling of `target` to build it in, empty, for `publish` to rename.
+
+    Holds the target's lock, clears away what dead processes left, and removes what was not
+    published.
+    Raises: OutputError when the target may not be made, or is being made by another process.
+    """
+    with output_errors(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with locked(target):
+        recover(target)
+        check_target(target, overwrite=overwrite)
+        partial = partial_folder(target)
+        try:
+            with output_errors(partial):
+                partial.mkdir(parents=True)
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -98,10 +121,10 @@ def _siblings(target: Path, kind: str) -> list[Path]:
     )
 
 
-def check_target(target: Path, *, overwrite: bool, replaceable: Callable[[Path], bool]) -> None:
+def check_target(target: Path, *, overwrite: bool) -> None:
     """Raise OutputError unless a folder may be made at `target`.
 
-    replaceable: whether an existing folder is of the kind that `overwrite` may replace.
+    overwrite: whether it may replace one that jaxq has made; others are never replaced.
     """
     with output_errors(target):
         if not os.path.lexists(target):
@@ -114,7 +137,7 @@ def check_target(target: Path, *, overwrite: bool, replaceable: Callable[[Path],
         raise OutputError(
             f"{target} exists and is not empty: choose another folder or pass overwrite=True"
         )
-    if not replaceable(target):
+    if not any((target / name).is_file() for name in (MANIFEST, EXPORT_MANIFEST)):
         raise OutputError(
             f"{target} holds something else than a jaxq checkpoint, and will not be overwritten: "
             "remove it yourself or choose another folder"

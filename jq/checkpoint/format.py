@@ -29,6 +29,8 @@ FORMAT_VERSION = 1
 MANIFEST = "jaxq.json"
 REPORT = "report.json"
 PARAMS = "params"
+# In folders that are written for other tools: digests of their tensors, where they came from.
+EXPORT_MANIFEST = "jaxq_export.json"
 CONFIG_FILES = (
     "config.json",
     "tokenizer.json",

@@ -47,7 +47,7 @@ class CheckpointWriter:
       config_files_from: a model folder whose config, generation and tokenizer files are copied as
         they are (`jq.checkpoint.format.CONFIG_FILES`; config.json must be there).
       files: further files to put beside them, by plain name; they win over copied ones.
-      overwrite: replace an existing jaxq checkpoint (anything else is never replaced).
+      overwrite: replace an existing folder that jaxq has made (anything else is never replaced).
     """
 
     def __init__(
@@ -83,15 +83,9 @@ class CheckpointWriter:
             )
         self.path = Path(os.path.realpath(self.path))
         with self._scope as scope:
-            with fs.output_errors(self.path.parent):
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-            scope.enter_context(fs.locked(self.path))
-            fs.recover(self.path)
-            self._check_target()
-            partial = fs.partial_folder(self.path)
-            scope.callback(shutil.rmtree, partial, ignore_errors=True)
+            partial = scope.enter_context(fs.building(self.path, overwrite=self._overwrite))
             with fs.output_errors(partial):
-                (partial / fmt.PARAMS).mkdir(parents=True)
+                (partial / fmt.PARAMS).mkdir()
             self._partial = partial
             self._scope = scope.pop_all()
         return self
@@ -151,7 +145,8 @@ class CheckpointWriter:
         with fs.output_errors(partial):
             for name, data in small.items():
                 (partial / name).write_bytes(data)
-        self._check_target()  # somebody may have put something there in the meantime
+        # Somebody may have put something there in the meantime.
+        fs.check_target(self.path, overwrite=self._overwrite)
         fs.publish(partial, self.path)
         self._finished = True
         self._partial = None
@@ -161,13 +156,6 @@ class CheckpointWriter:
             state = "is finished" if self._finished else "was not entered (use `with`)"
             raise CheckpointError(f"{self.path}: this CheckpointWriter {state}")
         return self._partial
-
-    def _check_target(self) -> None:
-        fs.check_target(
-            self.path,
-            overwrite=self._overwrite,
-            replaceable=lambda folder: (folder / fmt.MANIFEST).is_file(),
-        )
 
     def _save(
         self, partial: Path, name: str, arrays: Mapping[str, np.ndarray]
