@@ -220,6 +220,7 @@ class _BlockWork:
         self.kind = model.block_kind(name)
         self.batch_size, self.clock = batch_size, clock
         self.reports: list[LinearReport] = []
+        self.quantized: dict[str, QTensor] = {}
 
     def run(
         self, params: Mapping[str, Any], stream: Stream | None
@@ -235,6 +236,8 @@ class _BlockWork:
                 work = self._round(index, work, None, None)
         else:
             work, stream = self._calibrate(work, stream)
+        for path, qtensor in self.quantized.items():
+            work = tree.replace(work, path, qtensor)
         work = restore_dtypes(work, dtypes)
         jax.block_until_ready(work)
         seconds = time.perf_counter() - start
@@ -356,21 +359,29 @@ class _BlockWork:
                     check_group_size(k, spec.group_size, f"{self.name}/{linear}")
 
     def _round(self, index: int, params: Any, stats: InputStats | None, scaling: Any) -> Any:
-        """Quantize the linears of a group, those with equal rules side by side."""
+        """Quantize the linears of a group, those with equal rules side by side.
+
+        The result computes what the quantized block does: weights without 8-bit activations stand
+        in it dequantized, so that the stages are the same programs before and after, whatever the
+        format.
+        """
         group, rules = self.groups[index], self.rules[index]
         worst = None
         for rule in dict.fromkeys(r for r in rules if r is not None):
             assert rule.spec is not None  # `resolve` gives rules without one as None
             linears = [n for n, r in zip(group.linears, rules, strict=True) if r == rule]
-            qtensors, report = round_group(
+            qtensors, kernels, report = round_group(
                 [tree.get(params, f"{n}/kernel") for n in linears],
                 stats,
                 rule.spec,
                 rounding_of(rule.method),
                 scale=None if scaling is None else scaling.scale,
             )
-            for linear, qtensor in zip(linears, qtensors, strict=True):
-                params = tree.replace(params, f"{linear}/kernel", qtensor)
+            for linear, qtensor, kernel in zip(linears, qtensors, kernels, strict=True):
+                path = f"{linear}/kernel"
+                self.quantized[path] = qtensor
+                weight_only = rule.spec.activation is None
+                params = tree.replace(params, path, kernel if weight_only else qtensor)
             made = self._report(linears, qtensors, rule, report, stats, scaling)
             self.reports += made
             errors = [r.output_error for r in made if r.output_error is not None]

@@ -59,10 +59,10 @@ def run_stage(
     """Run stage `index` on every sample, `batch_size` at a time.
 
     Statistics are added sample by sample, so the batch size does not change their order. Where
-    activations have one scale per call, a call is one sample. Quantized weights without 8-bit
-    activations are dequantized once per call, not once per sample.
+    activations have one scale per call, a call is one sample. Weights are brought to the
+    activations' dtype once per call, not once per sample.
     """
-    params = dequantized(params, stream.x.dtype)
+    params = ready(params, stream.x.dtype)
     samples = stream.x.shape[0]
     if _scales_per_call(params):
         batch_size = 1
@@ -107,8 +107,7 @@ def prepare_block(params: Any) -> tuple[Any, Any]:
     """A block ready for quantization: kernels in float32, and whether each leaf is finite."""
 
     def wide(path, leaf):
-        is_kernel = getattr(path[-1], "key", None) == "kernel"
-        return leaf.astype(jnp.float32) if is_kernel else leaf
+        return leaf.astype(jnp.float32) if _is_kernel(path) else leaf
 
     finite = jax.tree.map(lambda leaf: jnp.sum(leaf.astype(jnp.float32) * 0.0) == 0, params)
     return jax.tree_util.tree_map_with_path(wide, params), finite
@@ -120,12 +119,19 @@ def _scales_per_call(params: Any) -> bool:
     return any(act and act.granularity == "tensor" and not act.static for act in specs)
 
 
-def dequantized(params: Any, dtype: Any) -> Any:
-    """Parameters with weight-only QTensors as plain arrays; those with 8-bit activations stay."""
+def ready(params: Any, dtype: Any) -> Any:
+    """Parameters with kernels in `dtype`: of plain arrays, and of weight-only QTensors, which are
+    dequantized; those with 8-bit activations stay."""
 
-    def plain(leaf):
-        if isinstance(leaf, QTensor) and leaf.spec.activation is None:
-            return leaf.dequantize(dtype)
-        return leaf
+    def plain(path, leaf):
+        if isinstance(leaf, QTensor):
+            return leaf.dequantize(dtype) if leaf.spec.activation is None else leaf
+        return leaf.astype(dtype) if _is_kernel(path) else leaf
 
-    return jax.tree.map(plain, params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+    return jax.tree_util.tree_map_with_path(
+        plain, params, is_leaf=lambda leaf: isinstance(leaf, QTensor)
+    )
+
+
+def _is_kernel(path: Any) -> bool:
+    return getattr(path[-1], "key", None) == "kernel"

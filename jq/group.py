@@ -44,13 +44,26 @@ class GroupReport(NamedTuple):
     failed: jax.Array
 
 
+class RoundedGroup(NamedTuple):
+    """A group of linears after rounding.
+
+    qtensors: one per linear.
+    kernels: float32 [K, N_i], what they dequantize to.
+    report: how it went.
+    """
+
+    qtensors: tuple[QTensor, ...]
+    kernels: tuple[jax.Array, ...]
+    report: GroupReport
+
+
 def round_group(
     weights: Sequence[jax.Array],
     stats: InputStats | None,
     spec: QuantSpec,
     rounding: RTN | GPTQ,
     scale: Float[Array, "K"] | None = None,
-) -> tuple[tuple[QTensor, ...], GroupReport]:
+) -> RoundedGroup:
     """Quantize the weights [K, N_i] of linears that share an input.
 
     Args:
@@ -59,7 +72,7 @@ def round_group(
         activations, and for the output errors.
       spec, rounding: format and method.
       scale: what was folded into the weights before (AWQ, SmoothQuant); only the report needs it.
-    Returns: a QTensor per weight and the report.
+    Returns: a QTensor and a dequantized kernel per weight, and the report.
     """
     hessian = None
     if isinstance(rounding, GPTQ):
@@ -85,8 +98,9 @@ def _round_group(weights, stats, hessian, scale, spec, rounding):
         solutions = [whole.columns(a, a + w.shape[1]) for a, w in zip(starts, weights, strict=True)]
     input_scale = static_input_scale(stats, spec)
     qtensors = tuple(s.to_qtensor(spec, input_scale=input_scale) for s in solutions)
-    rounded = [s.dequantize(spec) for s in solutions]
-    return qtensors, _report(weights, rounded, stats, scale, spec, damp, failed)
+    kernels = tuple(s.dequantize(spec) for s in solutions)
+    report = _report(weights, kernels, stats, scale, spec, damp, failed)
+    return RoundedGroup(qtensors, kernels, report)
 
 
 def _round(w, stats, hessian, spec, rounding) -> tuple[Solution, jax.Array, jax.Array]:

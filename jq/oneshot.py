@@ -274,7 +274,7 @@ def _round(
         assert rule.spec is not None
         paths = tuple(p for p, r in zip(unit.linears, unit.rules, strict=True) if r == rule)
         weights = [jnp.asarray(tree.get(params, f"{path}/kernel")) for path in paths]
-        tensors, report = round_group(
+        tensors, _, report = round_group(
             weights, stats, rule.spec, rounding_of(rule.method), scale=scale
         )
         if isinstance(rounding_of(rule.method), GPTQ) and not _traced(report):

@@ -49,9 +49,12 @@ WEIGHT_ONLY: dict[str, Method] = {
     "AWQ": AWQ(),
     "GPTQ": GPTQ(),
     "GPTQ, clipped": GPTQ(clip="mse"),
+    "GPTQ group-aware": GPTQ(act_group_aware=True),
+    "GPTQ group-aware, clipped": GPTQ(act_group_aware=True, clip="mse"),
     "GPTQ act order": GPTQ(desc_act=True),
     "GPTQ act order, clipped": GPTQ(desc_act=True, clip="mse"),
-    "GPTQ group-aware, clipped": GPTQ(act_group_aware=True, clip="mse"),
+    "GPTQ static groups": GPTQ(desc_act=True, static_groups=True),
+    "GPTQ static groups, clipped": GPTQ(desc_act=True, static_groups=True, clip="mse"),
     "AWQ + GPTQ": AWQ(rounding=GPTQ(act_group_aware=True, clip="mse")),
 }
 
@@ -70,7 +73,7 @@ EIGHT_BIT: dict[str, tuple[QuantSpec, Method]] = {
 
 COLUMNS = (
     Column("format", 9, "l"),
-    Column("method", 25, "l"),
+    Column("method", 27, "l"),
     Column("bits/weight", 11),
     Column("perplexity", 15),
     Column("KL (nats)", 20),

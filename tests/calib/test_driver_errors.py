@@ -293,8 +293,9 @@ def test_a_failed_solve_is_in_the_report(monkeypatch):
     from jq.calib import driver
 
     def failing(*args, **options):
-        tensors, report = round_group(*args, **options)
-        return tensors, report._replace(failed=jnp.bool_(True), damp=jnp.float32(10.0))
+        group = round_group(*args, **options)
+        report = group.report._replace(failed=jnp.bool_(True), damp=jnp.float32(10.0))
+        return group._replace(report=report)
 
     round_group = driver.round_group
     monkeypatch.setattr(driver, "round_group", failing)
@@ -303,8 +304,8 @@ def test_a_failed_solve_is_in_the_report(monkeypatch):
     assert report.warnings == ("no damping made the Hessian positive definite: rounded to nearest",)
 
     def damped(*args, **options):
-        tensors, report = round_group(*args, **options)
-        return tensors, report._replace(damp=jnp.float32(0.1))
+        group = round_group(*args, **options)
+        return group._replace(report=group.report._replace(damp=jnp.float32(0.1)))
 
     monkeypatch.setattr(driver, "round_group", damped)
     _, reports = run((Rule("layers_1/mlp/down_proj", INT4, GPTQ()),))

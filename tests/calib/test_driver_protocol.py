@@ -114,8 +114,8 @@ def test_depth_costs_no_compilation(compilations):
         found.append(compiled(compilations, model, params, recipe, toy.tokens()))
     assert found[0] == found[1]
     stages, groups = 3, 2
-    # Without statistics, with them, and with them on quantized predecessors.
-    assert found[0].count("jit(run_stage)") <= 3 * stages
+    # The search for scales and the rounding run the same programs.
+    assert found[0].count("jit(run_stage)") == stages
     assert found[0].count("jit(_round_group)") == groups
     assert found[0].count("jit(choose_scale)") == groups
     params, tokens = toy.make_params(1, model), toy.tokens(seed=5)

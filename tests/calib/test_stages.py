@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jq import statistics
-from jq.calib.stages import Stream, dequantized, prepare_block, run_stage
+from jq.calib.stages import Stream, prepare_block, ready, run_stage
 from jq.methods.rtn import rtn_quantize
 from jq.spec import QuantSpec, w8a8
 from tests.calib import toy
@@ -121,14 +121,16 @@ def test_padding_does_not_scale_activations():
     np.testing.assert_array_equal(real, other)
 
 
-def test_weight_only_tensors_become_plain_and_8_bit_ones_stay():
+def test_kernels_become_plain_arrays_and_8_bit_tensors_stay():
     weight_only, eight_bit = QuantSpec("int4", 8), w8a8()
     params = {"a": kernel(weight_only), "b": {"c": kernel(eight_bit)}, "d": kernel()}
-    plain = dequantized(params, jnp.bfloat16)
+    plain = ready(params, jnp.bfloat16)
     assert plain["a"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(plain["a"], params["a"].dequantize(jnp.bfloat16))
     assert plain["b"]["c"] is params["b"]["c"]
     assert plain["d"] is params["d"]
+    narrow = ready({"kernel": kernel(), "bias": kernel()}, jnp.bfloat16)
+    assert (narrow["kernel"].dtype, narrow["bias"].dtype) == (jnp.bfloat16, jnp.float32)
 
 
 def test_blocks_are_prepared_in_float32_and_checked():

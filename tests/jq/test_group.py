@@ -28,7 +28,7 @@ def output_error(x, w, q):
 @pytest.mark.parametrize("rounding", [RTN(), GPTQ(desc_act=True)], ids=["rtn", "gptq"])
 def test_each_linear_is_as_if_it_were_alone(rounding):
     x, stats, weights = problem()
-    tensors, report = round_group(weights, stats, SPEC, rounding)
+    tensors, *_, report = round_group(weights, stats, SPEC, rounding)
     for i, (w, q) in enumerate(zip(weights, tensors, strict=True)):
         if isinstance(rounding, GPTQ):
             alone, _ = gptq_quantize(w, stats.gram, SPEC, rounding)
@@ -45,7 +45,7 @@ def test_each_linear_is_as_if_it_were_alone(rounding):
 
 def test_without_statistics_the_output_error_is_unknown():
     _, _, weights = problem()
-    _, report = round_group(weights, None, SPEC, RTN())
+    *_, report = round_group(weights, None, SPEC, RTN())
     assert np.isnan(report.output_error).all()
     assert np.isfinite(report.weight_error).all()
 
@@ -55,7 +55,7 @@ def test_without_statistics_the_output_error_is_unknown():
 )
 def test_scales_are_not_shared_across_linears(spec):
     _, stats, weights = problem()
-    tensors, _ = round_group(weights, stats, spec, RTN())
+    tensors, _, _ = round_group(weights, stats, spec, RTN())
     for w, q in zip(weights, tensors, strict=True):
         alone = rtn_quantize(w, spec).to_qtensor(spec)
         np.testing.assert_array_equal(q.scale, alone.scale)
@@ -65,9 +65,9 @@ def test_scales_are_not_shared_across_linears(spec):
 def test_failures_are_reported(spec):
     _, stats, weights = problem()
     broken = stats._replace(gram=stats.gram * jnp.nan)
-    _, report = round_group(weights, broken, spec, GPTQ())
+    *_, report = round_group(weights, broken, spec, GPTQ())
     assert report.failed
-    _, report = round_group(weights, stats, spec, GPTQ())
+    *_, report = round_group(weights, stats, spec, GPTQ())
     assert not report.failed
     assert report.damp == pytest.approx(0.01)
 
@@ -76,7 +76,7 @@ def test_failures_are_reported(spec):
 def test_static_scales_come_from_the_largest_activation(dtype, top):
     x, stats, weights = problem()
     spec = w8a8(dtype, activation="tensor", static=True)
-    tensors, _ = round_group(weights, stats, spec, RTN())
+    tensors, _, _ = round_group(weights, stats, spec, RTN())
     for q in tensors:
         assert q.input_scale == pytest.approx(np.abs(x).max() / top, rel=1e-6)
 
@@ -86,7 +86,7 @@ def test_the_error_of_rounding_is_that_of_the_unscaled_weights():
     scale = np.random.default_rng(0).lognormal(0, 1, 64).astype(np.float32)
     scaled = [w * scale[:, None] for w in weights]
     rescaled = statistics.rescale(stats, jnp.asarray(scale))
-    _, report = round_group(scaled, rescaled, SPEC, RTN(), jnp.asarray(scale))
+    *_, report = round_group(scaled, rescaled, SPEC, RTN(), jnp.asarray(scale))
     for i, w in enumerate(weights):
         nearest = output_error(x, w, rtn_quantize(w, SPEC).dequantize(SPEC))
         assert report.rtn_output_error[i] == pytest.approx(nearest, rel=1e-4)
