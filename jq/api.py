@@ -19,6 +19,7 @@ import numpy as np
 from jq import checkpoint, tree
 from jq.checkpoint.reader import Shardings, place_array
 from jq.errors import CheckpointError
+from jq.formats.reader import QuantizedCheckpoint, is_quantized_folder
 from jq.models import Decoder, HFCheckpoint, ModelConfig
 from jq.models.hf_names import mapping_failures, weight_table
 
@@ -29,32 +30,44 @@ def load(
     dtype: Any = None,
     verify: bool = True,
     shardings: Shardings | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> tuple[Decoder, dict[str, Any]]:
-    """Load a jaxq checkpoint, or the unquantized weights of a Hugging Face folder.
+    """Load a jaxq checkpoint, or a Hugging Face folder.
+
+    The weights of a Hugging Face folder may be unquantized, or quantized by another tool: GPTQ, AWQ
+    and compressed-tensors become QTensors, bit for bit.
 
     Args:
       path: the folder.
       dtype: of activations. None is the dtype of the embedding, but float32 on a CPU, which has no
         fast 16-bit arithmetic. Parameters keep the dtypes they were stored with.
-      verify: compare the digest of every tensor (jaxq checkpoints have them).
+      verify: compare the digest of every tensor (folders that jaxq made have them).
       shardings: gives the jax.sharding.Sharding of an array from its path
         ("layers_0/mlp/up_proj/kernel", and ".../kernel/codes" etc. of a QTensor) and shape; None,
         as a function or as a result, is JAX's default device.
+      progress: called with (tensors read, tensors in all, path) while the weights of another tool
+        are converted.
     Returns: (model, params), to be used as `model.apply({"params": params}, tokens)`.
     Raises:
       ModelError: no model in the folder, or of an unknown architecture.
       CheckpointError: damaged, incomplete, or of other shapes than config.json says.
+      SpecError: a linear of another tool that a QTensor cannot hold.
     """
+    path = Path(path)
     if checkpoint.is_checkpoint(path):
         manifest = checkpoint.read_manifest(path)
-        config = ModelConfig.from_folder(Path(path))
+        config = ModelConfig.from_folder(path)
         parts = manifest.parts.values()
         shapes = {name: entry.shape for part in parts for name, entry in part.tensors.items()}
         _check_shapes(str(path), config, shapes)
         checkpoint.check_files(path, manifest)
         params = checkpoint.load_params(path, verify=verify, shardings=shardings)
     else:
-        source = HFCheckpoint(Path(path), place=_placer(shardings))
+        place = _placer(shardings)
+        if is_quantized_folder(path):
+            source = QuantizedCheckpoint(path, place, progress, verify)
+        else:
+            source = HFCheckpoint(path, place=place)
         config, params = source.config, source.load()
     if dtype is None:
         dtype = compute_dtype(params["embed"]["embedding"].dtype)

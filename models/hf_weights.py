@@ -73,11 +73,11 @@ class HFCheckpoint:
         self.config = ModelConfig.from_hf(self.raw_config)
         _refuse_quantized(self.path, self.raw_config)
         self._dtype = None if dtype is None else jnp.dtype(dtype)
-        self._place = place if place is not None else _place_whole
-        names, weight_map = _weight_files(self.path)
+        self._place = place if place is not None else place_whole
+        names, weight_map = weight_files(self.path)
         self.files = tuple(self.path / name for name in names)
         self._readers = [SafetensorsFile(file) for file in self.files]
-        self._tensors = _collect(self._readers, weight_map)
+        self._tensors = collect(self._readers, weight_map)
         self._check()
 
     @property
@@ -169,7 +169,8 @@ def save_hf(
     (path / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
-def _place_whole(path: str, array: np.ndarray) -> jax.Array:
+def place_whole(path: str, array: np.ndarray) -> jax.Array:
+    """The array on JAX's default device."""
     # A copy: the result must not change or fault when the mapped file does.
     return jnp.array(array, copy=True)
 
@@ -183,12 +184,17 @@ def _refuse_quantized(path: Path, raw: Mapping[str, Any]) -> None:
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise ModelError(
-            f"{path} is already quantized (quant_method {method!r}); give the original model"
+            f"{path} is already quantized (quant_method {method!r}): jq.load reads it as it is; to "
+            "quantize, give the original model"
         )
 
 
-def _weight_files(path: Path) -> tuple[list[str], dict[str, str] | None]:
-    """Names of the weight files and, where there is an index, its tensor name -> file name."""
+def weight_files(path: Path) -> tuple[list[str], dict[str, str] | None]:
+    """Names of a folder's weight files and, where there is an index, its tensor name -> file name.
+
+    Raises: ModelError for pickled weights only, none at all, or an index that names files outside
+        the folder or missing ones; CheckpointError for a damaged index.
+    """
     if (path / SINGLE).exists() or (path / SINGLE).is_symlink():
         _check_file(path, SINGLE, "the folder")
         return [SINGLE], None
@@ -236,10 +242,13 @@ def _check_file(path: Path, name: str, source: str) -> None:
         raise ModelError(f"{path}: {source} names {name!r}, which is missing; download it again")
 
 
-def _collect(
+def collect(
     files: Iterable[SafetensorsFile], weight_map: Mapping[str, str] | None
 ) -> dict[str, SafetensorsFile]:
-    """Tensor name -> its file; every name in exactly one file, the one the index says."""
+    """Tensor name -> its file; every name in exactly one file, the one the index says.
+
+    Raises: ModelError for names in two files, or in another than the index says.
+    """
     tensors: dict[str, SafetensorsFile] = {}
     for file in files:
         for key in file.tensors:

@@ -76,11 +76,13 @@ def run(arguments: Sequence[str]) -> int:
     tokens = _tokens(text, folder, config.vocab_size, most)
     if args.seq_len is not None and args.seq_len > context:
         note(f"seq_len {args.seq_len} is cut to the model's context of {context} tokens")
-    model, params = load(folder)
+    with Meter("load", every=5.0) as meter:
+        model, params = load(folder, progress=meter.show)
     reference_model = reference_params = None
     if reference_folder is not None:
         _check_tokenizer(tokens, text, reference_folder, config.vocab_size, most)
-        reference_model, reference_params = load(reference_folder)
+        with Meter("load", every=5.0) as meter:
+            reference_model, reference_params = load(reference_folder, progress=meter.show)
     with Meter("eval", every=5.0) as meter:
         result = evaluate(
             model,

@@ -12,6 +12,7 @@ import tyro
 from jq.cli.models import model_folder
 from jq.cli.options import parse
 from jq.cli.output import note
+from jq.cli.progress import Meter
 from jq.errors import ModelError
 
 ABOUT = """Continue prompts.
@@ -62,7 +63,8 @@ def run(arguments: Sequence[str]) -> int:
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     tokenizer = Tokenizer(folder, ModelConfig.from_folder(folder).vocab_size)
-    model, params = load(folder)
+    with Meter("load", every=5.0) as meter:
+        model, params = load(folder, progress=meter.show)
     if args.temperature == 0 and (args.top_k or args.top_p):
         note("temperature 0 takes the most likely token: --top-k and --top-p change nothing")
     key = jax.random.key(args.seed)

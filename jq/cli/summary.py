@@ -9,9 +9,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jq.checkpoint import Manifest, read_manifest
+from jq.checkpoint import Manifest, is_checkpoint, read_manifest
 from jq.checkpoint.format import REPORT, ArrayEntry, QTensorEntry
 from jq.errors import CheckpointError
+from jq.formats.reader import QuantizedCheckpoint, StoredTensor, is_quantized_folder
+from jq.spec import QuantSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +72,8 @@ def hf_tensors(path: Path) -> list[Tensor]:
     from jq.models.hf_names import weight_table
     from jq.models.safetensors_file import SafetensorsFile
 
+    if is_quantized_folder(path):
+        return [_stored(tensor) for tensor in QuantizedCheckpoint(path).stored()]
     checkpoint = HFCheckpoint(path)
     infos = {
         key: info
@@ -121,8 +125,10 @@ def totals(tensors: Iterable[Tensor], path: Path) -> Totals:
 
 
 def quantized_totals(path: Path) -> Totals:
-    """`totals` of a jaxq checkpoint."""
-    return totals(checkpoint_tensors(read_manifest(path), {}), path)
+    """`totals` of a folder that jaxq has made."""
+    if is_checkpoint(path):
+        return totals(checkpoint_tensors(read_manifest(path), {}), path)
+    return totals(hf_tensors(path), path)
 
 
 def _files(path: Path) -> Iterator[Path]:
@@ -140,8 +146,20 @@ def _place(part: str) -> tuple[int, int, str]:
 def _tensor(path: str, entry: ArrayEntry | QTensorEntry, told: Mapping[str, Any]) -> Tensor:
     if isinstance(entry, ArrayEntry):
         return Tensor(path, entry.shape, entry.dtype, entry.nbytes)
-    spec = entry.spec
+    nbytes = sum(field.nbytes for field in entry.fields.values())
+    return Tensor(path, entry.shape, _format(entry.spec), nbytes, True, told)
+
+
+def _stored(tensor: StoredTensor) -> Tensor:
+    if tensor.scheme is None:
+        return Tensor(tensor.path, tensor.shape, str(tensor.dtype), tensor.nbytes)
+    # Of a spec that is shown, the scales' dtype is not.
+    dtype = _format(tensor.scheme.spec("bfloat16"))
+    return Tensor(tensor.path, tensor.shape, dtype, tensor.nbytes, True)
+
+
+def _format(spec: QuantSpec) -> str:
+    """ "int4 g128"."""
     size = "" if spec.group_size == -1 else f" g{spec.group_size}"
     act = "" if spec.activation is None else f", {spec.activation.dtype} activations"
-    nbytes = sum(field.nbytes for field in entry.fields.values())
-    return Tensor(path, entry.shape, f"{spec.dtype}{size}{act}", nbytes, True, told)
+    return f"{spec.dtype}{size}{act}"
