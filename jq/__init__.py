@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from jq.dense import quantized_dense as quantized_dense
     from jq.errors import JaxqError as JaxqError
     from jq.evaluate import evaluate as evaluate
+    from jq.matmul import explain as explain
     from jq.matmul import qmatmul as qmatmul
     from jq.methods.awq import AWQ as AWQ
     from jq.methods.gptq import GPTQ as GPTQ
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from jq.models.generation import generate as generate
     from jq.oneshot import quantize as quantize
     from jq.pipeline import quantize_checkpoint as quantize_checkpoint
+    from jq.prepare import prepare as prepare
     from jq.presets import default_recipe as default_recipe
     from jq.qtensor import QTensor as QTensor
     from jq.recipe import Recipe as Recipe
@@ -68,7 +70,7 @@ _HOME = {
     "jq.dense": ("quantized_dense",),
     "jq.errors": ("JaxqError",),
     "jq.evaluate": ("evaluate",),
-    "jq.matmul": ("qmatmul",),
+    "jq.matmul": ("explain", "qmatmul"),
     "jq.methods.awq": ("AWQ",),
     "jq.methods.gptq": ("GPTQ",),
     "jq.methods.rtn": ("RTN",),
@@ -76,6 +78,7 @@ _HOME = {
     "jq.models.generation": ("generate",),
     "jq.oneshot": ("quantize",),
     "jq.pipeline": ("quantize_checkpoint",),
+    "jq.prepare": ("prepare",),
     "jq.presets": ("default_recipe",),
     "jq.qtensor": ("QTensor",),
     "jq.recipe": ("Recipe", "Rule", "uniform"),

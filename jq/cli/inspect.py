@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,15 +12,18 @@ from typing import Annotated, Any
 import tyro
 
 from jq.checkpoint import Manifest, check_files, is_checkpoint, read_manifest
+from jq.checkpoint.format import ArrayEntry, QTensorEntry
 from jq.cli.models import model_folder
 from jq.cli.options import parse
 from jq.cli.output import print_facts, print_json, print_table, size_text
 from jq.cli.summary import Tensor, Totals, checkpoint_tensors, hf_tensors, read_report, totals
+from jq.matmul import Choice, explain
 
 ABOUT = """List the tensors of a checkpoint with their sizes and errors, and the totals.
 
 Plain Hugging Face folders have no errors to show. Weights are not read here, and not verified;
-eval and generate do."""
+eval and generate do. "products" says which kernel multiplies with the quantized linears on this
+machine, and why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +49,28 @@ def run(arguments: Sequence[str]) -> int:
     else:
         tensors = hf_tensors(path)
     sums = totals(tensors, path)
+    kernels = {} if manifest is None else _kernels(manifest)
     if args.json:
-        print_json(_json(tensors, sums, manifest))
+        print_json(_json(tensors, sums, manifest, kernels))
         return 0
     _print_tensors(tensors)
     print()
-    print_facts(_facts(path, tensors, sums, manifest))
+    print_facts(_facts(path, tensors, sums, manifest, kernels))
     return 0
+
+
+def _kernels(manifest: Manifest) -> dict[str, Choice]:
+    """Which kernel each quantized tensor gets on JAX's default device, by path."""
+    from jq.api import compute_dtype
+
+    entries = {path: e for part in manifest.parts.values() for path, e in part.tensors.items()}
+    table = entries.get("embed/embedding")
+    dtype = compute_dtype(table.dtype if isinstance(table, ArrayEntry) else "bfloat16")
+    return {
+        path: explain(entry, dtype=dtype)
+        for path, entry in entries.items()
+        if isinstance(entry, QTensorEntry)
+    }
 
 
 def _print_tensors(tensors: Sequence[Tensor]) -> None:
@@ -78,12 +97,18 @@ def _error(value: Any) -> str:
 
 
 def _facts(
-    path: Path, tensors: Sequence[Tensor], sums: Totals, manifest: Manifest | None
+    path: Path,
+    tensors: Sequence[Tensor],
+    sums: Totals,
+    manifest: Manifest | None,
+    kernels: Mapping[str, Choice],
 ) -> list[tuple[str, str]]:
     facts = [("weights", f"{sums.weights:,} in {len(tensors)} tensors")]
     if not math.isnan(sums.linear_bits):
         count = sum(t.quantized for t in tensors)
         facts.append(("linears", f"{count} quantized, {sums.linear_bits:.3f} bits per weight"))
+    for choice, count in Counter(kernels.values()).most_common():
+        facts.append(("products", f"{count} {choice.kernel}: {choice.reason}"))
     facts.append(("model", f"{sums.model_bits:.3f} bits per weight"))
     facts.append(("files", f"{size_text(sums.file_bytes)} in {path}"))
     if manifest is not None:
@@ -127,7 +152,12 @@ def _call(value: Any) -> str:
     return f"{value.get('name', '')}({options})"
 
 
-def _json(tensors: Sequence[Tensor], sums: Totals, manifest: Manifest | None) -> dict[str, Any]:
+def _json(
+    tensors: Sequence[Tensor],
+    sums: Totals,
+    manifest: Manifest | None,
+    kernels: Mapping[str, Choice],
+) -> dict[str, Any]:
     return {
         "tensors": [
             {
@@ -138,6 +168,7 @@ def _json(tensors: Sequence[Tensor], sums: Totals, manifest: Manifest | None) ->
                 "bits_per_weight": t.bits,
                 "bytes": t.nbytes,
                 "report": dict(t.report) or None,
+                "kernel": dataclasses.asdict(kernels[t.path]) if t.path in kernels else None,
             }
             for t in tensors
         ],

@@ -132,6 +132,7 @@ def test_inspect_lists_every_tensor_and_the_totals(call, int4):
     assert f"{LINEARS} quantized, 4.625 bits per weight" in done.out
     assert "GPTQ(damp_percent=0.05" in done.out
     assert "source words.txt, samples 4" in done.out
+    assert f"{LINEARS} reference: cpu is no CUDA device" in done.out
 
 
 def test_inspect_json_agrees_with_the_loaded_checkpoint(call, int4):
@@ -144,6 +145,8 @@ def test_inspect_json_agrees_with_the_loaded_checkpoint(call, int4):
     by_path = {t["path"]: t for t in told["tensors"]}
     up = by_path["layers_0/mlp/up_proj/kernel"]
     assert up["shape"] == [64, 64]
+    assert up["kernel"]["kernel"] == "reference"
+    assert by_path["final_norm/scale"]["kernel"] is None
     assert 0 < up["report"]["output_error"] < up["report"]["rtn_output_error"] < 1
     sizes = (f.stat().st_size for f in int4.rglob("*") if f.is_file())
     assert told["totals"]["file_bytes"] == sum(sizes)
