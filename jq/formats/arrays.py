@@ -41,9 +41,9 @@ def take(
         raise CheckpointError(f"{path}.{name} is missing: {why}; download the checkpoint again")
     array = tensors[name]
     check_shape(array, shape, f"{path}.{name}", why)
-    if array.dtype != np.dtype(dtype):
+    if array.dtype.newbyteorder("=") != np.dtype(dtype):
         raise CheckpointError(f"{path}.{name}: dtype {array.dtype}, expected {np.dtype(dtype)}")
-    return array
+    return array.astype(dtype, copy=False)  # the host's byte order
 
 
 def check_shape(array: np.ndarray, shape: Sequence[int], name: str, why: str) -> None:
@@ -59,7 +59,7 @@ def take_scales(
     tensors: Arrays, name: str, path: str, shape: Sequence[int], why: str
 ) -> np.ndarray:
     """`take` for scales: of one of the three float dtypes, finite and positive."""
-    stored = tensors[name].dtype if name in tensors else np.dtype(np.float16)
+    stored = tensors[name].dtype.newbyteorder("=") if name in tensors else np.dtype(np.float16)
     if stored not in SCALE_DTYPES.values():
         raise CheckpointError(
             f"{path}.{name}: scales are {stored}; known: {', '.join(SCALE_DTYPES)}"
@@ -216,7 +216,7 @@ def cast_scales(w: QTensor, dtype: str, path: str, what: str) -> np.ndarray:
             f"{path}: {what} stores scales as {dtype}, which does not hold {worst!r} of the "
             f"{scale.dtype} scales exactly; quantize with scale_dtype={dtype!r}"
         )
-    return cast
+    return np.ascontiguousarray(cast)
 
 
 def _signed(spec: QuantSpec) -> bool:
