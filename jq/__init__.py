@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from jq.dense import quantized_dense as quantized_dense
     from jq.errors import JaxqError as JaxqError
     from jq.evaluate import evaluate as evaluate
+    from jq.formats.convert import convert as convert
     from jq.matmul import explain as explain
     from jq.matmul import qmatmul as qmatmul
     from jq.methods.awq import AWQ as AWQ
@@ -70,6 +71,7 @@ _HOME = {
     "jq.dense": ("quantized_dense",),
     "jq.errors": ("JaxqError",),
     "jq.evaluate": ("evaluate",),
+    "jq.formats.convert": ("convert",),
     "jq.matmul": ("explain", "qmatmul"),
     "jq.methods.awq": ("AWQ",),
     "jq.methods.gptq": ("GPTQ",),

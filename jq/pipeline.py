@@ -1,4 +1,4 @@
-"""From a model folder to a quantized checkpoint, one block at a time.
+"""From a model folder to a quantized checkpoint, or a folder for other tools, a block at a time.
 
 report = quantize_checkpoint("path/to/model", "path/to/out", default_recipe(), calibration)
 
@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
@@ -24,6 +24,9 @@ from jq.calib.report import BlockReport, LinearReport, ProgressCallback
 from jq.calib.tokens import CalibrationData
 from jq.checkpoint import CheckpointWriter, files, is_checkpoint
 from jq.errors import CalibrationError, CheckpointError, NonFiniteError, OutputError
+from jq.formats.export import ExportWriter
+from jq.formats.plan import ExportFormat, FormatOptions, Scheme, plan_of_recipe, schemes_for
+from jq.formats.shards import SHARD_BYTES
 from jq.interrupts import held_back
 from jq.models import Decoder, HFCheckpoint, ModelConfig
 from jq.models.hf_names import weight_table
@@ -69,8 +72,11 @@ def quantize_checkpoint(
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
     meta: Mapping[str, Any] | None = None,
+    target: Literal["orbax"] | ExportFormat = "orbax",
+    options: FormatOptions | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> RunReport:
-    """Quantize a Hugging Face model folder into a jaxq checkpoint.
+    """Quantize a Hugging Face model folder into a jaxq checkpoint, or for another tool.
 
     Args:
       model_path: config.json, safetensors weights and, where there are, the tokenizer's files.
@@ -79,17 +85,31 @@ def quantize_checkpoint(
       calibration: see `jq.calib.source`; None where no rule learns from it.
       batch_size: calibration samples run at a time; a matter of speed and memory, which may move
         results by a rounding.
-      overwrite: replace an existing jaxq checkpoint.
+      overwrite: replace an existing folder that jaxq has made.
       progress: called after each group of linears.
       meta: further facts for the manifest, beside "model", "recipe" and "calibration".
+      target: "orbax" makes a jaxq checkpoint; "gptq", "awq" and "compressed-tensors" make folders
+        that other tools read as well.
+      options, shard_bytes: of those folders, see `jq.formats.plan` and `jq.formats.shards`.
     Returns: a report, which also stands in the checkpoint.
     Raises: before anything is computed, what `check_run` raises, and CalibrationError for missing
       or unfit calibration data; later NonFiniteError, and OutputError when the disk refuses.
     """
     start = time.perf_counter()
-    source = check_run(model_path, out, recipe, overwrite=overwrite)
+    source = check_run(model_path, out, recipe, overwrite=overwrite, target=target, options=options)
     calibration = _fitting(calibration, recipe, source.config)
-    with CheckpointWriter(out, config_files_from=model_path, overwrite=overwrite) as writer:
+    if target == "orbax":
+        opened = CheckpointWriter(out, config_files_from=model_path, overwrite=overwrite)
+    else:
+        opened = ExportWriter(
+            out,
+            target,
+            _schemes(recipe, source.config, target, options),
+            config_files_from=model_path,
+            shard_bytes=shard_bytes,
+            overwrite=overwrite,
+        )
+    with opened as writer:
         model = Decoder(source.config, dtype=_write_outer(source, writer))
         blocks = quantize_blocks(
             model,
@@ -119,6 +139,8 @@ def check_run(
     recipe: Recipe,
     *,
     overwrite: bool = False,
+    target: Literal["orbax"] | ExportFormat = "orbax",
+    options: FormatOptions | None = None,
 ) -> HFCheckpoint:
     """Refuse what cannot end well, before the long run; reads headers only.
 
@@ -126,7 +148,8 @@ def check_run(
     Raises:
       ModelError: no model in the folder, or one that is unknown.
       CheckpointError: the folder is a jaxq checkpoint, or a weight file is damaged.
-      SpecError: group sizes that do not divide (all of them at once), rules that match nothing.
+      SpecError: group sizes that do not divide (all of them at once), rules that match nothing,
+        linears that the target format cannot express.
       OutputError: the output folder is not empty or not writable.
     """
     if is_checkpoint(model_path):
@@ -135,6 +158,8 @@ def check_run(
         )
     source = HFCheckpoint(Path(model_path))
     check_recipe(recipe, *_tensors(source.config))
+    if target != "orbax":
+        _schemes(recipe, source.config, target, options)
     check_output(out, overwrite=overwrite)
     return source
 
@@ -171,7 +196,13 @@ def _tensors(config: ModelConfig) -> tuple[dict[str, tuple[int, ...]], list[str]
     return linears, others
 
 
-def _write_outer(source: HFCheckpoint, writer: CheckpointWriter) -> Any:
+def _schemes(
+    recipe: Recipe, config: ModelConfig, target: ExportFormat, options: FormatOptions | None
+) -> dict[str, Scheme]:
+    return schemes_for(plan_of_recipe(recipe, _tensors(config)[0]), target, options)
+
+
+def _write_outer(source: HFCheckpoint, writer: CheckpointWriter | ExportWriter) -> Any:
     """Write what is outside the blocks; returns the dtype to run the model in."""
     outer = source.outer()
     for path, leaf in tree.leaves(outer):
@@ -183,7 +214,7 @@ def _write_outer(source: HFCheckpoint, writer: CheckpointWriter) -> Any:
 
 
 def _write_blocks(
-    blocks: Iterable[QuantizedBlock], writer: CheckpointWriter
+    blocks: Iterable[QuantizedBlock], writer: CheckpointWriter | ExportWriter
 ) -> tuple[BlockReport, ...]:
     reports = []
     for block in blocks:

@@ -12,7 +12,8 @@ from jq.cli.signals import Terminated, terminable
 from jq.errors import JaxqError
 
 COMMANDS = {
-    "quantize": "quantize a model into a checkpoint",
+    "quantize": "quantize a model into a checkpoint, or for other tools",
+    "convert": "convert a quantized model into another format",
     "eval": "measure perplexity, and what quantization cost",
     "generate": "continue prompts",
     "inspect": "list a checkpoint's tensors, their sizes and errors",

@@ -12,6 +12,7 @@ import tyro
 from jq.calib.config import CalibrationConfig
 from jq.calib.report import Progress
 from jq.calib.tokens import CalibrationData
+from jq.cli.export_options import FORMATS, Export
 from jq.cli.models import DEMO_NAME, demo_text, made_of_demo, model_folder
 from jq.cli.options import options_class, parse, peek, rebuild
 from jq.cli.output import note, print_facts, size_text, time_text, warn
@@ -22,7 +23,7 @@ from jq.methods.rtn import RTN
 from jq.presets import ACTIVATIONS, DEFAULT, PRESETS, find_preset, preset
 from jq.recipe import Method, Recipe, Rule, needs_calibration
 
-ABOUT = """Quantize a Hugging Face model folder into a jaxq checkpoint.
+ABOUT = """Quantize a Hugging Face model folder into a jaxq checkpoint, or for other tools.
 
 The options below are those of the method: `jaxq quantize --method NAME --help` shows another's,
 `jaxq methods` lists the names."""
@@ -32,7 +33,7 @@ ROUNDINGS: dict[str, RTN | GPTQ] = {"rtn": RTN(), "gptq": GPTQ(act_group_aware=T
 
 
 @dataclasses.dataclass(frozen=True)
-class Format:
+class Numbers:
     """Number format and method.
 
     Attributes:
@@ -60,17 +61,21 @@ def run(arguments: Sequence[str]) -> int:
     from jq.pipeline import check_run, quantize_checkpoint  # what --help need not wait for
 
     spec, _ = preset(
-        args.format.method,
-        bits=args.format.bits,
-        group_size=args.format.group_size,
-        symmetric=args.format.symmetric,
-        activation=args.format.activation,
+        args.numbers.method,
+        bits=args.numbers.bits,
+        group_size=args.numbers.group_size,
+        symmetric=args.numbers.symmetric,
+        activation=args.numbers.activation,
     )
+    if args.format in ("gptq", "awq"):
+        spec = dataclasses.replace(spec, scale_dtype=args.export.scale_dtype)
     method = rebuild(base, args.options)
-    recipe = (*(Rule(p, None, None) for p in args.format.skip), Rule(".*", spec, method))
+    recipe = (*(Rule(p, None, None) for p in args.numbers.skip), Rule(".*", spec, method))
     calibration_config = _calibration_config(args.calibration)
     folder = model_folder(args.model)
-    source = check_run(folder, args.out, recipe, overwrite=args.overwrite)
+    target = {"target": args.format, "options": args.export.format_options()}
+    shard_bytes = args.export.shard_bytes()
+    source = check_run(folder, args.out, recipe, overwrite=args.overwrite, **target)
     calibration = _calibration(source, recipe, calibration_config, args)
     with Meter("quantize") as meter:
         report = quantize_checkpoint(
@@ -82,6 +87,8 @@ def run(arguments: Sequence[str]) -> int:
             overwrite=args.overwrite,
             progress=lambda step: meter.show(step.done, step.total, _step_text(step)),
             meta={"model": DEMO_NAME} if made_of_demo(folder) else None,
+            shard_bytes=shard_bytes,
+            **target,
         )
     for text in dict.fromkeys(text for linear in report.linears for text in linear.warnings):
         count = sum(text in linear.warnings for linear in report.linears)
@@ -96,7 +103,7 @@ def _parse(arguments: Sequence[str]) -> tuple[Any, Method]:
     base = find_preset(name).method
     activation = peek(arguments, "--activation")
     spec, _ = preset(name, activation=activation)
-    chosen = Format(
+    chosen = Numbers(
         method=name,
         bits=spec.bits,
         group_size=spec.group_size,
@@ -110,11 +117,13 @@ def _parse(arguments: Sequence[str]) -> tuple[Any, Method]:
     fields: list[Any] = [
         ("model", _positional("MODEL", 'a folder, or "demo" for the embedded model')),
         ("out", Annotated[Path, tyro.conf.arg(metavar="DIR", help="the folder to make")]),
-        ("overwrite", _switch("replace an existing checkpoint"), False),
-        ("format", Format, chosen),
+        ("format", _format(), "orbax"),
+        ("overwrite", _switch("replace an existing folder that jaxq has made"), False),
+        ("numbers", Numbers, chosen),
         *rounding,
         ("options", Annotated[options, tyro.conf.arg(name=type(base).__name__)], options()),
         ("calibration", calibration, calibration()),
+        ("export", Export, Export()),
     ]
     kind = dataclasses.make_dataclass("Quantize", fields, frozen=True, namespace={"__doc__": ""})
     return parse(kind, "quantize", ABOUT, arguments), base
@@ -126,6 +135,11 @@ def _positional(metavar: str, text: str) -> Any:
 
 def _switch(text: str) -> Any:
     return Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help=text)]
+
+
+def _format() -> Any:
+    text = "what to write: a checkpoint of jaxq's own (orbax), or a folder that other tools read"
+    return Annotated[Literal[FORMATS], tyro.conf.arg(help=text)]  # pyright: ignore
 
 
 def _with_rounding(base: Method, name: str | None) -> tuple[Method, list[Any]]:
@@ -152,12 +166,14 @@ def _calibration(
 ) -> CalibrationData | None:
     if not any(rule.spec is not None and needs_calibration(rule) for rule in recipe):
         if config.calib_dataset:
-            note(f"method {args.format.method} learns nothing from data: --calib-dataset is unused")
+            note(
+                f"method {args.numbers.method} learns nothing from data: --calib-dataset is unused"
+            )
         return None
     if not config.calib_dataset:
         if not made_of_demo(source.path):
             raise CalibrationError(
-                f"method {args.format.method} learns from calibration text: give --calib-dataset "
+                f"method {args.numbers.method} learns from calibration text: give --calib-dataset "
                 "with a .txt, .jsonl or .npy file, or wikitext2, c4 or pile, which are downloaded; "
                 "or choose --method rtn, which needs none"
             )

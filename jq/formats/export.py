@@ -231,8 +231,15 @@ def encode(w: QTensor, scheme: Scheme, path: str) -> dict[str, np.ndarray]:
         case AWQScheme():
             return awq.from_qtensor(_in_order(w), scheme, path)
         case CompressedTensorsScheme():
-            kept = w if scheme.act_order else _in_order(w)
+            kept = _with_order(w) if scheme.act_order else _in_order(w)
             return compressed_tensors.from_qtensor(kept, scheme, path)
+
+
+def _with_order(w: QTensor) -> QTensor:
+    """A QTensor whose order is written down, be it the plain one."""
+    if w.order is not None:
+        return w
+    return dataclasses.replace(w, order=np.arange(w.k, dtype=np.int32))
 
 
 def _in_order(w: QTensor) -> QTensor:

@@ -12,6 +12,7 @@ from jq.formats import awq, compressed_tensors, gptq
 from jq.formats.awq import AWQScheme
 from jq.formats.compressed_tensors import CompressedTensorsScheme
 from jq.formats.gptq import CheckpointFormat, GPTQScheme
+from jq.formats.quant_config import Scheme
 from jq.methods.gptq import GPTQ
 from jq.preflight import listed
 from jq.qtensor import QTensor
@@ -21,7 +22,8 @@ from jq.spec import QuantSpec, ScaleDtype
 ExportFormat = Literal["gptq", "awq", "compressed-tensors"]
 EXPORT_FORMATS: tuple[ExportFormat, ...] = get_args(ExportFormat)
 
-Scheme = GPTQScheme | AWQScheme | CompressedTensorsScheme
+# Stands for the paths in a refusal that concerns many linears.
+_NAMES = "<linears>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,14 +101,16 @@ def schemes_for(
     options = options or FormatOptions()
     choose = _chooser(plan, target, options)
     schemes: dict[str, Scheme] = {}
-    failures: dict[PlannedLinear, list[str]] = {}
+    failures: dict[str, dict[str, tuple[int, ...]]] = {}
     for path, linear in plan.items():
         try:
-            schemes[path] = choose(linear, path)
-        except SpecError:
-            failures.setdefault(linear, []).append(path)
+            schemes[path] = choose(linear, _NAMES)
+        except SpecError as error:
+            failures.setdefault(str(error), {})[path] = (linear.k, linear.n)
     if failures:
-        problems = [_problem(choose, linear, paths) for linear, paths in failures.items()]
+        problems = [
+            text.replace(_NAMES, ", ".join(listed(paths))) for text, paths in failures.items()
+        ]
         raise SpecError(f"{target} cannot express this model: {'; '.join(problems)}")
     if target == "awq":
         _check_same_group_size(plan)
@@ -126,18 +130,6 @@ def _chooser(
             return lambda linear, path: _awq(linear, path, options)
         case "compressed-tensors":
             return _compressed_tensors
-
-
-def _problem(
-    choose: Callable[[PlannedLinear, str], Scheme], linear: PlannedLinear, paths: list[str]
-) -> str:
-    """The refusal of equal linears in one sentence, which names them all."""
-    names = ", ".join(listed(dict.fromkeys(paths, (linear.k, linear.n))))
-    try:
-        choose(linear, names)
-    except SpecError as error:
-        return str(error)
-    raise AssertionError("refused once, and then not")
 
 
 def _gptq(linear: PlannedLinear, path: str, v2: bool, options: FormatOptions) -> GPTQScheme:

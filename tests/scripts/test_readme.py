@@ -37,7 +37,7 @@ def help_of(capsys):
 
 
 def test_programs_are_python():
-    assert len(PROGRAMS) == 3
+    assert len(PROGRAMS) == 5
     for program in PROGRAMS:
         ast.parse(program)
 
@@ -56,6 +56,8 @@ def test_programs_run(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "demo-gptq" / "jaxq.json").is_file()
     assert 0 < float(written[1].split()[-1]) < 1
     assert written[2] == "(64, 16)\n"
+    assert (tmp_path / "demo-hf" / "quantize_config.json").is_file()
+    assert len(written[4]) > 10
 
 
 def test_commands_and_their_options_exist(help_of):
