@@ -27,6 +27,7 @@ from jq.evaluate.forward import vocabulary_size
 from jq.folding import fold, restore_dtypes
 from jq.group import GroupReport, round_group
 from jq.methods.gptq import GPTQ
+from jq.preflight import check_rules
 from jq.qtensor import QTensor
 from jq.recipe import Recipe, Rule, needs_calibration, resolve, rounding_of
 from jq.scaling import scaling_method
@@ -125,7 +126,9 @@ def quantize_blocks(
     if batch_size < 1:
         raise CalibrationError(f"batch_size is {batch_size}; it must be 1 or more")
     plan = {name: _rules(model.linear_groups, recipe, name) for name in model.block_names}
-    _check_recipe(recipe, plan)
+    check_rules(
+        recipe, [f"{b}/{x}" for b in plan for group in model.linear_groups for x in group.linears]
+    )
     for name, rules in plan.items():
         for group, some in zip(model.linear_groups, rules, strict=True):
             scaling_method(name, group, some)
@@ -151,18 +154,6 @@ def _rules(groups: Sequence[LinearGroup], recipe: Recipe, block: str) -> Rules:
 
 def _flat(rules: Rules) -> list[Rule]:
     return [rule for group in rules for rule in group if rule is not None]
-
-
-def _check_recipe(recipe: Recipe, plan: Mapping[str, Rules]) -> None:
-    used = {id(rule) for rules in plan.values() for rule in _flat(rules)}
-    for rule in recipe:
-        if rule.spec is not None and id(rule) not in used:
-            raise SpecError(
-                f"rule {rule.pattern!r} decides about no linear of the model: linears are named "
-                f"like 'layers_0/attention/q_proj', and earlier rules come first"
-            )
-    if not used:
-        raise SpecError("the recipe quantizes nothing: no rule with a spec")
 
 
 def _first_stream(model: BlockwiseModel, source: BlockSource, tokens: Any, mask: Any) -> Stream:

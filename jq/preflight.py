@@ -21,20 +21,35 @@ def check_recipe(recipe: Recipe, linears: Shapes, others: Iterable[str] = ()) ->
       linears: path ("layers_0/attention/q_proj") -> shape (K, N) of what can be quantized.
       others: paths of the other tensors, which a rule may leave in full precision by name.
     """
+    check_rules(recipe, linears, others)
+    check_group_sizes(recipe, linears)
+
+
+def check_rules(
+    recipe: Recipe, linears: Iterable[str], others: Iterable[str] | None = None
+) -> None:
+    """Raise SpecError unless something is quantized and every rule decides about something.
+
+    Args:
+      recipe: see `jq.recipe`.
+      linears: paths of what can be quantized.
+      others: paths of the other tensors; None where they are not known, and rules that leave
+        tensors in full precision cannot be judged.
+    """
     deciding = {path: resolve(recipe, path) for path in linears}
-    if not any(deciding.values()):
-        raise SpecError("the recipe quantizes nothing: no rule with a spec comes first anywhere")
     for rule in recipe:
-        if rule.spec is None:
-            used = any(re.search(rule.pattern, path) for path in (*linears, *others))
-        else:
+        if rule.spec is not None:
             used = any(rule is chosen for chosen in deciding.values())
+        else:
+            paths = None if others is None else (*deciding, *others)
+            used = paths is None or any(re.search(rule.pattern, path) for path in paths)
         if not used:
             raise SpecError(
                 f"rule {rule.pattern!r} decides about nothing: linears are named like "
                 "'layers_0/attention/q_proj', and earlier rules come first"
             )
-    check_group_sizes(recipe, linears)
+    if not any(deciding.values()):
+        raise SpecError("the recipe quantizes nothing: no rule with a spec comes first anywhere")
 
 
 def check_group_sizes(recipe: Recipe, linears: Shapes) -> None:

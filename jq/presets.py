@@ -53,11 +53,11 @@ class Preset:
 PRESETS: dict[str, Preset] = {
     "gptq": Preset(
         "4-bit weights; rounding that compensates its own error, group-aware act order",
-        GPTQ(act_group_aware=True),
+        GPTQ(act_group_aware=True, clip="mse"),
     ),
     "gptq-act-order": Preset(
         "4-bit weights; GPTQ in act order (desc_act), which inference pays with a gather",
-        GPTQ(desc_act=True),
+        GPTQ(desc_act=True, clip="mse"),
     ),
     "awq": Preset(
         "4-bit weights; finer grids for channels with large activations, searched clipping",

@@ -40,7 +40,7 @@ class Rule:
 
 
 # Rules in order of precedence: the first whose pattern matches decides; without a match a linear
-#   stays as it is.
+# stays as it is.
 Recipe = tuple[Rule, ...]
 
 

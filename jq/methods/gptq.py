@@ -13,7 +13,7 @@ weights is read and written once.
 
 A group's scale is taken, as in the paper's released code, from the weights as they stand when the
 group starts, all earlier errors compensated: w'_G = w_G - e_G, where U_GG' e_G = -c_G and c_G =
-  sum_{j<G} U_jG' e_j.
+sum_{j<G} U_jG' e_j.
 """
 
 from __future__ import annotations

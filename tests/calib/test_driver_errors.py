@@ -164,9 +164,9 @@ def test_batch_sizes(batch_size):
 @pytest.mark.parametrize(
     ("recipe", "match"),
     [
-        ((Rule("q_porj", INT4),), "'q_porj' decides about no linear"),
-        ((Rule(".*", INT4), Rule("q_proj", INT4)), "'q_proj' decides about no linear"),
-        ((Rule("embed|lm_head", INT4),), "decides about no linear"),
+        ((Rule("q_porj", INT4),), "'q_porj' decides about nothing"),
+        ((Rule(".*", INT4), Rule("q_proj", INT4)), "'q_proj' decides about nothing"),
+        ((Rule("embed|lm_head", INT4),), "decides about nothing"),
         ((Rule(".*", None, None),), "the recipe quantizes nothing"),
         ((), "the recipe quantizes nothing"),
     ],

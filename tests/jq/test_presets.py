@@ -15,8 +15,8 @@ from jq.spec import FP8, ActivationSpec, QuantSpec, w4a16, w8a8
 @pytest.mark.parametrize(
     ("name", "spec", "method"),
     [
-        ("gptq", w4a16(128, symmetric=False), GPTQ(act_group_aware=True)),
-        ("gptq-act-order", w4a16(128, symmetric=False), GPTQ(desc_act=True)),
+        ("gptq", w4a16(128, symmetric=False), GPTQ(act_group_aware=True, clip="mse")),
+        ("gptq-act-order", w4a16(128, symmetric=False), GPTQ(desc_act=True, clip="mse")),
         ("awq", w4a16(128, symmetric=False), AWQ()),
         ("rtn", w4a16(128, symmetric=False), RTN()),
         ("smoothquant", w8a8(), SmoothQuant()),
