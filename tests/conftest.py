@@ -1,4 +1,4 @@
-"""What every test runs under: the CPU, checked annotations and strict promotion.
+"""What every test runs under: the CPU, checked annotations, strict promotion, kept programs.
 
 Mixed dtypes and mixed ranks raise: a silent cast to float32 or a broadcast over a wrong axis is a
 bug far more often than a wish. A test that has to run foreign code which mixes them says so with
@@ -6,6 +6,7 @@ bug far more often than a wish. A test that has to run foreign code which mixes 
 """
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX is imported
 
@@ -17,6 +18,11 @@ from tests import checking
 checking.install("jq")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Most of the time goes into compiling: what one worker, or an earlier run, has compiled is kept.
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache/jax"))
+jax.config.update("jax_compilation_cache_max_size", 2**30)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 @pytest.fixture(autouse=True)
