@@ -12,7 +12,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LINKED = ("models", "calib", "pallas_kernels")
 # The command line and the calls that put a whole model together stand above everything else.
-ABOVE = ("jq.cli", "jq.__main__", "jq.api", "jq.pipeline", "jq.formats")
+ABOVE = (
+    *("jq.cli", "jq.__main__", "jq.api", "jq.pipeline", "jq.formats"),
+    *("jq.advise", "jq.bench", "jq.compare"),
+)
 # Beside JAX and the standard library, nothing may be needed to import the package.
 LEFT_OUT = (
     *("flax", "optax", "orbax", "datasets", "safetensors", "tokenizers", "transformers"),
