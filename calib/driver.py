@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jq import tree
@@ -81,6 +80,7 @@ def quantize_model(
     *,
     mask: np.ndarray | jax.Array | None = None,
     batch_size: int = 1,
+    offload: bool = False,
     progress: ProgressCallback | None = None,
 ) -> tuple[dict[str, Any], tuple[BlockReport, ...]]:
     """Quantize parameters that fit in memory: (params with QTensor leaves, a report per block).
@@ -90,7 +90,14 @@ def quantize_model(
     source = TreeSource(params, model.block_names)
     out, reports = dict(params), []
     for block in quantize_blocks(
-        model, source, recipe, tokens, mask=mask, batch_size=batch_size, progress=progress
+        model,
+        source,
+        recipe,
+        tokens,
+        mask=mask,
+        batch_size=batch_size,
+        offload=offload,
+        progress=progress,
     ):
         out[block.name] = block.params
         reports.append(block.report)
@@ -105,6 +112,7 @@ def quantize_blocks(
     *,
     mask: np.ndarray | jax.Array | None = None,
     batch_size: int = 1,
+    offload: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Iterator[QuantizedBlock]:
     """Quantize a model block by block.
@@ -115,8 +123,10 @@ def quantize_blocks(
       recipe: rules matched against "layers_0/attention/q_proj"; see `jq.recipe`.
       tokens: int32 [samples, T], the calibration set; None where no method needs one.
       mask: bool [samples, T], True for real tokens.
-      batch_size: samples run at a time.  Statistics are added in the same order whatever it is; but
-        XLA may round a product of another shape differently in the last bits.
+      batch_size: samples that are on the device at a time where hidden states are offloaded; it
+        never changes the result.
+      offload: keep the hidden states of the calibration set in host memory.  Device memory then
+        holds a block, its statistics and `batch_size` samples.
       progress: called after each group of linears.
     Yields: the blocks in order, each as soon as it is finished.
     Raises: SpecError when the recipe does not fit the model, CalibrationError when statistics are
@@ -136,7 +146,7 @@ def quantize_blocks(
     clock = _Clock(progress, len(model.block_names) * len(model.linear_groups))
     stream = None
     if calibrating:
-        stream = _first_stream(model, source, tokens, mask)
+        stream = _first_stream(model, source, tokens, mask, batch_size if offload else None)
     for name in model.block_names:
         work = _BlockWork(model, name, plan[name], batch_size, clock)
         block, stream = work.run(source.block(name), stream)
@@ -156,7 +166,10 @@ def _flat(rules: Rules) -> list[Rule]:
     return [rule for group in rules for rule in group if rule is not None]
 
 
-def _first_stream(model: BlockwiseModel, source: BlockSource, tokens: Any, mask: Any) -> Stream:
+def _first_stream(
+    model: BlockwiseModel, source: BlockSource, tokens: Any, mask: Any, at_a_time: int | None
+) -> Stream:
+    """The embedded calibration set; in host memory if so many samples are embedded at a time."""
     if tokens is None:
         raise CalibrationError(
             "this recipe learns from calibration tokens and none were given; pass tokens, "
@@ -176,8 +189,13 @@ def _first_stream(model: BlockwiseModel, source: BlockSource, tokens: Any, mask:
             f"calibration token ids {tokens.min()}..{tokens.max()} are not all in the model's "
             f"vocabulary 0..{vocabulary - 1}: were they made by this model's tokenizer?"
         )
-    mask = None if mask is None else jnp.asarray(mask, bool)
-    return Stream(_embed(model, outer, jnp.asarray(tokens, jnp.int32)), None, mask)
+    tokens = tokens.astype(np.int32)
+    mask = None if mask is None else np.asarray(mask, bool)
+    if at_a_time is None:
+        return jax.device_put(Stream(_embed(model, outer, tokens), None, mask))
+    parts = [tokens[i : i + at_a_time] for i in range(0, len(tokens), at_a_time)]
+    x = np.concatenate([np.asarray(_embed(model, outer, part)) for part in parts])
+    return Stream(x, None, mask)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,4 +1,4 @@
-"""Running one stage of a block over all calibration samples, in one compiled program."""
+"""Running one stage of a block over all calibration samples."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jq import statistics
@@ -20,16 +21,16 @@ if TYPE_CHECKING:
 
 
 class Stream(NamedTuple):
-    """The calibration set on its way through a block.
+    """The calibration set on its way through a block; NumPy arrays where it stays on the host.
 
     x: [samples, T, K], the input of the next group of linears.
     carry: whatever the stages hand on, leading axis samples.
     mask: bool [samples, T], True for real tokens; None when all are.
     """
 
-    x: jax.Array
+    x: jax.Array | np.ndarray
     carry: Any
-    mask: jax.Array | None
+    mask: jax.Array | np.ndarray | None
 
 
 class StageResult(NamedTuple):
@@ -42,10 +43,9 @@ class StageResult(NamedTuple):
 
     stream: Stream
     stats: InputStats | None
-    finite: jax.Array
+    finite: jax.Array | np.ndarray
 
 
-@functools.partial(jax.jit, static_argnames=("model", "kind", "index", "collect", "batch_size"))
 def run_stage(
     model: BlockwiseModel,
     kind: Hashable,
@@ -54,43 +54,97 @@ def run_stage(
     stream: Stream,
     *,
     collect: bool,
-    batch_size: int,
+    batch_size: int = 1,
 ) -> StageResult:
-    """Run stage `index` on every sample, `batch_size` at a time.
+    """Run stage `index` on every sample, one after the other.
 
-    Statistics are added sample by sample, so the batch size does not change their order. Where
-    activations have one scale per call, a call is one sample. Weights are brought to the
-    activations' dtype once per call, not once per sample.
+    One sample a time, so that neither the order of the sums nor the shape of any product depends on
+    the batch size: results are the same bits. A stream of NumPy arrays stays in host memory; then
+    `batch_size` samples are on the device while the next are on their way (the largest divisor of
+    their number that is no larger, since every length is a program of its own).
     """
+    if not isinstance(stream.x, np.ndarray):
+        return _run_whole(model, kind, index, params, stream, collect=collect)
+    samples = len(stream.x)
+    size = max(b for b in range(1, min(batch_size, samples) + 1) if samples % b == 0)
+    stats = _no_stats(model, kind, index, params, stream) if collect else None
+    whole, waiting = _Whole(samples), None
+    for start in range(0, samples, size):
+        chunk = jax.device_put(jax.tree.map(lambda a: a[start : start + size], stream))  # noqa: B023
+        # Dispatch is asynchronous: this chunk is computed while the one before is fetched.
+        part = _run_chunk(model, kind, index, params, chunk, stats)
+        stats = part.stats
+        if waiting is not None:
+            whole.add(*waiting)
+        waiting = start, (part.stream.x, part.stream.carry, part.finite)
+    assert waiting is not None
+    whole.add(*waiting)
+    x, carry, finite = whole.arrays
+    return StageResult(
+        Stream(x, carry, stream.mask), None if stats is None else _finish(stats), finite
+    )
+
+
+class _Whole:
+    """Arrays in host memory that are filled part by part."""
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+        self.arrays: Any = None
+
+    def add(self, start: int, part: Any) -> None:
+        part = jax.device_get(part)
+        if self.arrays is None:
+            self.arrays = jax.tree.map(
+                lambda a: np.empty((self.samples, *a.shape[1:]), a.dtype), part
+            )
+        for whole, some in zip(jax.tree.leaves(self.arrays), jax.tree.leaves(part), strict=True):
+            whole[start : start + len(some)] = some
+
+
+@functools.partial(jax.jit, static_argnames=("model", "kind", "index", "collect"))
+def _run_whole(model, kind, index, params, stream, *, collect) -> StageResult:
+    stats = _no_stats(model, kind, index, params, stream) if collect else None
+    result = _run_samples(model, kind, index, params, stream, stats)
+    return result if stats is None else result._replace(stats=statistics.finish(result.stats))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "kind", "index"))
+def _run_chunk(model, kind, index, params, stream, stats) -> StageResult:
+    return _run_samples(model, kind, index, params, stream, stats)
+
+
+_finish = jax.jit(statistics.finish)
+
+
+def _no_stats(model, kind, index, params, stream) -> InputStats:
+    """Statistics of no tokens, as wide as what the stage gives."""
+    one = jax.tree.map(lambda a: a[:1], stream)
+    x, _ = jax.eval_shape(
+        lambda params, one: model.block_stage(kind, index, params, one.x, one.carry, one.mask),
+        params,
+        one,
+    )
+    return statistics.init(x.shape[-1])
+
+
+def _run_samples(model, kind, index, params, stream: Stream, stats) -> StageResult:
     params = ready(params, stream.x.dtype)
-    samples = stream.x.shape[0]
-    if _scales_per_call(params):
-        batch_size = 1
     if stream.mask is not None:
         # Padding must not decide about the scale of quantized activations either.
         x = jnp.where(stream.mask[:, :, None], stream.x, jnp.zeros((), stream.x.dtype))
         stream = stream._replace(x=x)
-    batch = max(b for b in range(1, min(batch_size, samples) + 1) if samples % b == 0)
-    batches = jax.tree.map(lambda a: a.reshape(-1, batch, *a.shape[1:]), stream)
 
-    def step(stats, part: Stream):
-        x, carry = model.block_stage(kind, index, params, part.x, part.carry, part.mask)
+    def step(stats, sample: Stream):
+        one = jax.tree.map(lambda a: a[None], sample)
+        x, carry = model.block_stage(kind, index, params, one.x, one.carry, one.mask)
+        finite = _finite(x, one.mask)[0]
+        x, carry = jax.tree.map(lambda a: a[0], (x, carry))
         if stats is not None:
-            for i in range(batch):
-                stats = statistics.update(stats, x[i], None if part.mask is None else part.mask[i])
-        return stats, (x, carry, _finite(x, part.mask))
+            stats = statistics.update(stats, x, sample.mask)
+        return stats, (x, carry, finite)
 
-    stats = None
-    if collect:
-        x, _ = jax.eval_shape(
-            lambda part: model.block_stage(kind, index, params, part.x, part.carry, part.mask),
-            jax.tree.map(lambda a: a[0], batches),
-        )
-        stats = statistics.init(x.shape[-1])
-    stats, outputs = lax.scan(step, stats, batches)
-    x, carry, finite = jax.tree.map(lambda a: a.reshape(samples, *a.shape[2:]), outputs)
-    if stats is not None:
-        stats = statistics.finish(stats)
+    stats, (x, carry, finite) = lax.scan(step, stats, stream)
     return StageResult(Stream(x, carry, stream.mask), stats, finite)
 
 
@@ -111,12 +165,6 @@ def prepare_block(params: Any) -> tuple[Any, Any]:
 
     finite = jax.tree.map(lambda leaf: jnp.sum(leaf.astype(jnp.float32) * 0.0) == 0, params)
     return jax.tree_util.tree_map_with_path(wide, params), finite
-
-
-def _scales_per_call(params: Any) -> bool:
-    tensors = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
-    specs = [w.spec.activation for w in tensors if isinstance(w, QTensor)]
-    return any(act and act.granularity == "tensor" and not act.static for act in specs)
 
 
 def ready(params: Any, dtype: Any) -> Any:

@@ -44,11 +44,11 @@ def leaf(path):
 @contextlib.contextmanager
 def broken_update(monkeypatch, update):
     """Statistics that are updated by `update`; no program made with it survives."""
-    stages.run_stage.clear_cache()
+    stages._run_whole.clear_cache()
     monkeypatch.setattr(statistics, "update", update)
     yield
     monkeypatch.undo()
-    stages.run_stage.clear_cache()
+    stages._run_whole.clear_cache()
 
 
 def test_a_disconnected_hook_is_noticed(monkeypatch):

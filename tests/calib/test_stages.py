@@ -28,8 +28,16 @@ def kernel(spec=None):
     return w if spec is None else rtn_quantize(w, spec).to_qtensor(spec)
 
 
-def run(index, params, given, *, batch_size=1, collect=False):
-    return run_stage(toy.Toy(), None, index, params, given, collect=collect, batch_size=batch_size)
+def run(index, params, given, *, batch_size=None, collect=False):
+    """With a batch size, the stream stays on the host."""
+    if batch_size is None:
+        return run_stage(toy.Toy(), None, index, params, given, collect=collect)
+    given = jax.device_get(given)
+    result = run_stage(
+        toy.Toy(), None, index, params, given, collect=collect, batch_size=batch_size
+    )
+    assert all(isinstance(a, np.ndarray) for a in jax.tree.leaves(result.stream))
+    return result
 
 
 def two_stages(spec, given, batch_size):
@@ -38,7 +46,7 @@ def two_stages(spec, given, batch_size):
     return run(1, params, middle.stream, batch_size=batch_size).stream.x
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 100])
+@pytest.mark.parametrize("batch_size", [None, 1, 2, 3, 4, 100])
 def test_statistics_are_those_of_the_output(batch_size):
     given = stream()
     result = run(0, GAIN, given, batch_size=batch_size, collect=True)
@@ -84,7 +92,7 @@ def test_padding_is_left_out():
 def test_samples_that_are_not_finite_are_told(bad):
     given = stream()
     given = given._replace(x=given.x.at[2, 1, 3].set(bad))
-    for batch_size in (1, 4):
+    for batch_size in (None, 1, 4):
         result = run(0, GAIN, given, batch_size=batch_size)
         np.testing.assert_array_equal(result.finite, [True, True, False, True])
     mask = jnp.ones((SAMPLES, LENGTH), bool).at[2, 1].set(False)
@@ -106,8 +114,8 @@ def test_a_sample_does_not_depend_on_its_batch(spec):
     given = stream()
     # Samples of very different size: a scale over the whole batch would show.
     given = given._replace(x=given.x * jnp.asarray([1, 10, 100, 1000.0])[:, None, None])
-    alone = two_stages(spec, given, 1)
-    for batch_size in (2, 4):
+    alone = two_stages(spec, given, None)
+    for batch_size in (1, 2, 4):
         np.testing.assert_array_equal(two_stages(spec, given, batch_size), alone)
 
 
@@ -117,7 +125,7 @@ def test_padding_does_not_scale_activations():
     given = stream(mask)
     loud = given._replace(x=jnp.where(given.mask[:, :, None], given.x, jnp.float32(1e4)))
     spec = w8a8(activation="tensor")
-    real, other = (two_stages(spec, s, 1)[:, :4] for s in (given, loud))
+    real, other = (two_stages(spec, s, None)[:, :4] for s in (given, loud))
     np.testing.assert_array_equal(real, other)
 
 
