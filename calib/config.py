@@ -17,7 +17,10 @@ class CalibrationConfig:
             may be left out).
         calib_samples: windows of tokens.
         calib_seqlen: tokens per window.  When memory is short, lower it and raise calib_samples.
-        batch_size: windows that run at once; changes speed and memory, not the result.
+        batch_size: windows on the device at a time when hidden states are offloaded; it never
+            changes the result.
+        offload: keep hidden states in host memory; for calibration sets that the device's memory
+            cannot hold beside a block.
         calib_field: the field that holds the text, where a source has fields.
         seed: of the choice of windows.
 
@@ -28,6 +31,7 @@ class CalibrationConfig:
     calib_samples: int = 128
     calib_seqlen: int = 2048
     batch_size: int = 1
+    offload: bool = False
     calib_field: str = "text"
     seed: int = 0
 

@@ -69,6 +69,7 @@ def quantize_checkpoint(
     calibration: CalibrationData | None = None,
     *,
     batch_size: int = 1,
+    offload: bool = False,
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
     meta: Mapping[str, Any] | None = None,
@@ -83,8 +84,8 @@ def quantize_checkpoint(
       out: the folder to make; it appears complete or not at all.
       recipe: see `jq.recipe`.
       calibration: see `jq.calib.source`; None where no rule learns from it.
-      batch_size: calibration samples run at a time; a matter of speed and memory, which may move
-        results by a rounding.
+      batch_size: calibration samples on the device at a time where hidden states are offloaded.
+      offload: keep the hidden states of the calibration set in host memory.
       overwrite: replace an existing folder that jaxq has made.
       progress: called after each group of linears.
       meta: further facts for the manifest, beside "model", "recipe" and "calibration".
@@ -118,6 +119,7 @@ def quantize_checkpoint(
             None if calibration is None else calibration.tokens,
             mask=None if calibration is None else calibration.mask,
             batch_size=batch_size,
+            offload=offload,
             progress=progress,
         )
         reports = _write_blocks(blocks, writer)

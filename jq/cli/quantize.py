@@ -84,6 +84,7 @@ def run(arguments: Sequence[str]) -> int:
             recipe,
             calibration,
             batch_size=calibration_config.batch_size,
+            offload=calibration_config.offload,
             overwrite=args.overwrite,
             progress=lambda step: meter.show(step.done, step.total, _step_text(step)),
             meta={"model": DEMO_NAME} if made_of_demo(folder) else None,
