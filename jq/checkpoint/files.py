@@ -164,6 +164,29 @@ def publish(partial: Path, target: Path) -> None:
             _sync(target.parent)
 
 
+def link_tree(source: Path, target: Path) -> None:
+    """Make `target` a tree of hard links to the files of `source`; copies where there are none."""
+
+    def link(old: str, new: str) -> str:
+        try:
+            os.link(old, new)
+        except OSError:
+            shutil.copyfile(old, new)
+        return new
+
+    shutil.copytree(source, target, copy_function=link)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file that is whole or not there, on the disk when this returns."""
+    with output_errors(path):
+        partial = path.with_name(f".{path.name}.new")
+        partial.write_bytes(data)
+        _sync(partial)
+        partial.rename(path)
+        _sync(path.parent)
+
+
 def sync_tree(folder: Path) -> None:
     """fsync every file and folder below, and the folder itself."""
     paths: list[Path] = []

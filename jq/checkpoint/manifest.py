@@ -86,12 +86,13 @@ def manifest_json(manifest: Manifest) -> bytes:
         "versions": manifest.versions,
         "meta": manifest.meta,
         "files": _files_json(manifest.files),
-        "parts": {name: _part_json(part) for name, part in manifest.parts.items()},
+        "parts": {name: part_json(part) for name, part in manifest.parts.items()},
     }
     return encode_json(node, fmt.MANIFEST)
 
 
-def _part_json(part: PartEntry) -> dict[str, Any]:
+def part_json(part: PartEntry) -> dict[str, Any]:
+    """A part as JSON values."""
     tensors = {}
     for path, entry in part.tensors.items():
         kind = "array" if isinstance(entry, ArrayEntry) else "qtensor"
@@ -132,7 +133,7 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         )
     parts = _field(node, "parts", dict, where)
     return Manifest(
-        parts={name: _parse_part(name, part, where) for name, part in parts.items()},
+        parts={name: parse_part(name, part, where) for name, part in parts.items()},
         meta=_field(node, "meta", dict, where),
         versions=_field(node, "versions", dict, where),
         files=_parse_files(_field(node, "files", dict, where), f"{where}: files", folders=False),
@@ -165,7 +166,8 @@ def _decode(data: bytes, where: str) -> dict[str, Any]:
     return node
 
 
-def _parse_part(name: str, node: Any, where: str) -> PartEntry:
+def parse_part(name: str, node: Any, where: str) -> PartEntry:
+    """The inverse of `part_json`, as careful as `parse_manifest`."""
     place = f"{where}: part {name!r}"
     if not fmt.safe_name(name):
         raise CheckpointError(f"{place}: the name is not a plain file name")

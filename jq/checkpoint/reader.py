@@ -109,13 +109,26 @@ def iter_parts(
         raise CheckpointError(f"{folder} is a symbolic link; copy it with its links resolved")
     for name in names:
         part = manifest.parts[name]
-        arrays = _read_part(folder / name, name, part, verify=verify)
-        placed = {key: place_array(key, array, shardings) for key, array in arrays.items()}
-        yield name, nest(_tensors(part, placed))[name]
+        arrays = read_part(folder / name, name, part, verify=verify)
+        yield name, part_tree(name, part, arrays, shardings)
 
 
-def _read_part(folder: Path, name: str, part: PartEntry, *, verify: bool) -> dict[str, np.ndarray]:
-    """Every array of a part on the host, by path, checked."""
+def part_tree(
+    name: str,
+    part: PartEntry,
+    arrays: Mapping[str, np.ndarray],
+    shardings: Shardings | None = None,
+) -> Any:
+    """The subtree of a part whose arrays were read."""
+    placed = {key: place_array(key, array, shardings) for key, array in arrays.items()}
+    return nest(_tensors(part, placed))[name]
+
+
+def read_part(folder: Path, name: str, part: PartEntry, *, verify: bool) -> dict[str, np.ndarray]:
+    """Every array of a part on the host, by path, checked.
+
+    Raises: see `load_params`.
+    """
     check_part(folder, part, verify=verify)
     entries = dict(part.arrays())
     stored = {path: entry for path, entry in entries.items() if entry.nbytes}
