@@ -1,0 +1,85 @@
+"""Without a GPU: every variant as far as it goes here.
+
+With JAX's CUDA packages installed that is machine code for compute capability 9.0; without them,
+the program that would be compiled there.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jq.pallas_kernels.w4a16 import w4a16
+from scripts.gpu import candidates
+from scripts.gpu.problems import Problem, config_json, config_of, device_weight, of_item, to_item
+
+# What the compiler wants to know of an H200.
+_TARGET = """gpu_device_info {
+  threads_per_warp: 32 core_count: 132 device_memory_size: 85899345920
+  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
+}"""
+
+
+def items(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every format with few and many rows, then every config."""
+    problems = [
+        Problem(m, 2048, 1024, group, symmetric, dtype)
+        for m in (16, 512)
+        for dtype in ("bfloat16", "float16")
+        for symmetric in (True, False)
+        for group in (128, 64, 32, -1)
+    ]
+    tried = candidates.every_config()
+    return [
+        *map(to_item, problems),
+        *(to_item(p, f"{c.name} ", config=config_json(c)) for p, c in tried),
+    ]
+
+
+def run(item: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Compile or lower one."""
+    p = of_item(item)
+    weight, x = jax.eval_shape(lambda: device_weight(p, 0))
+    product = jax.jit(functools.partial(w4a16, config=config_of(item.get("config"))))
+    device = target()
+    if isinstance(device, str):
+        text = jax.export.export(product, platforms=["cuda"])(x, weight).mlir_module()
+        return {"level": "lowered", "why": device, "kernel": "mosaic" in text}
+    whole = NamedSharding(Mesh(np.array([device]), ("x",)), P())
+    x, weight = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), (x, weight)
+    )
+    with jax.default_device(device):  # the kernels are lowered for the default device
+        text = product.lower(x, weight).compile().as_text() or ""
+    return {"level": "machine code", "kernel": "mosaic" in text}
+
+
+def _find_assembler() -> None:
+    """Put the ptxas that was installed beside JAX, where there is one, first on the PATH."""
+    spec = importlib.util.find_spec("nvidia")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        programs = Path(folder, "cu13", "bin")
+        if (programs / "ptxas").exists():
+            os.environ["PATH"] = f"{programs}{os.pathsep}{os.environ.get('PATH', '')}"
+
+
+@functools.cache
+def target() -> Any:
+    """A device to compile for, or why there is none."""
+    try:
+        from jax.experimental import topologies
+
+        _find_assembler()
+        found = topologies.get_topology_desc("", "cuda", target_config=_TARGET, topology="1x1x1")
+        return found.devices[0]
+    except Exception as error:
+        return f"no CUDA compiler here ({type(error).__name__}: {error})"[:300]

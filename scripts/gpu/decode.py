@@ -1,0 +1,175 @@
+"""Tokens per second of a whole model: Llama-3-8B's shape, random weights, int4 against bfloat16.
+
+Two ways to run it: "loop", many steps in one program, which is what the device can do; and
+"generate", `jq.models.generate` as users call it, host and all.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jq import tree
+from jq.models import Decoder, ModelConfig
+from jq.models.cache import init_cache
+from jq.models.generation import generate
+from jq.models.hf_names import weight_table
+from jq.prepare import prepare
+from jq.prepared import PreparedTensor
+from jq.qtensor import from_codes
+from jq.spec import QuantSpec
+from scripts.gpu.problems import Problem, random_parts, seed
+
+BATCHES = (1, 8, 16, 32)
+STEPS = 32
+CAPACITY = 512
+LLAMA_3_8B = ModelConfig(
+    model_type="llama",
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+)
+SPEC = QuantSpec("int4", 128, symmetric=False)
+
+_loaded: dict[str, tuple[Any, float]] = {}
+
+
+def items(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The quantized model first, then the same in bfloat16, which the ratio needs; batches; the
+    quantized model as XLA runs it."""
+    wanted = [("w4", "loop", 1), ("w4", "generate", 1), ("w4", "loop", 16)]
+    wanted += [("bf16", "loop", 1), ("bf16", "generate", 1), ("bf16", "loop", 16)]
+    wanted += [(kind, "loop", b) for kind in ("w4", "bf16") for b in BATCHES]
+    wanted += [("dequantize", "loop", 1)]
+    return [
+        {"key": f"{kind} {way} batch {b}", "kind": kind, "way": way, "batch": b}
+        for kind, way, b in dict.fromkeys(wanted)
+    ]
+
+
+def run(item: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the model, unless the last item had it, and time it."""
+    config = LLAMA_3_8B
+    params, seconds = _model(config, item["kind"])
+    model = Decoder(config, dtype=jnp.bfloat16)
+    time_it = loop if item["way"] == "loop" else by_generate
+    told = time_it(model, params, item["batch"])
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    return {**told, **item, "bytes": size, "making_s": round(seconds, 2)}
+
+
+def _model(config: ModelConfig, kind: str) -> tuple[Any, float]:
+    if kind not in _loaded:
+        _loaded.clear()  # one model at a time
+        start = time.perf_counter()
+        params = jax.block_until_ready(parameters(config, kind))
+        _loaded[kind] = (params, time.perf_counter() - start)
+    return _loaded[kind]
+
+
+def parameters(config: ModelConfig, kind: str, spec: QuantSpec = SPEC) -> dict[str, Any]:
+    """Random parameters on the device.
+
+    kind: "w4", "bf16", or "dequantize", int4 that is not prepared.
+    """
+    params: dict[str, Any] = {}
+    for entry in weight_table(config):
+        shape, key = entry.shape, jax.random.key(seed(entry.path))
+        linear = entry.path.startswith("layers_") and entry.path.endswith("/kernel")
+        if linear and kind != "bf16":
+            k, n = shape
+            value = _quantized(Problem(1, k, n, spec.group_size, spec.symmetric), spec, key)
+            if kind == "w4":
+                value = prepare(value)
+        else:
+            value = _dense(tuple(shape), key)
+        params = tree.replace(params, entry.path, value)
+    kinds = {type(leaf) for _, leaf in tree.leaves(params)}
+    if kind == "w4" and PreparedTensor not in kinds:
+        raise RuntimeError("no linear was prepared: this device is not served")
+    return params
+
+
+@functools.partial(jax.jit, static_argnums=(0,))
+def _dense(shape: tuple[int, ...], key: jax.Array) -> jax.Array:
+    if len(shape) == 1:
+        return jnp.ones(shape, jnp.bfloat16)
+    return jax.random.normal(key, shape, jnp.bfloat16) * jnp.bfloat16(shape[0] ** -0.5)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _quantized(p: Problem, spec: QuantSpec, key: jax.Array) -> Any:
+    codes, scale, zero, _ = random_parts(key, p)
+    return from_codes(codes, scale, zero, spec)
+
+
+def loop(model: Decoder, params: Any, batch: int, steps: int = STEPS) -> dict[str, Any]:
+    """Greedy steps on a cache, all in one program; milliseconds per step."""
+
+    @functools.partial(jax.jit, donate_argnums=2)
+    def run(params, token, cache):
+        def step(carry, _):
+            token, cache = carry
+            output: Any = model.apply({"params": params}, token[:, None], cache=cache)
+            logits, cache = output
+            token = jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32)
+            return (token, cache), jnp.max(logits)
+
+        (token, cache), tops = jax.lax.scan(step, (token, cache), length=steps)
+        return token, cache, tops
+
+    token = jnp.arange(1, batch + 1, dtype=jnp.int32)
+    start = time.perf_counter()
+    program = run.lower(params, token, _cache(model, batch)).compile()
+    compiled = time.perf_counter() - start
+    times, finite = [], True
+    for _ in range(4):
+        cache = jax.block_until_ready(_cache(model, batch))
+        start = time.perf_counter()
+        out = jax.block_until_ready(program(params, token, cache))
+        times.append(1e3 * (time.perf_counter() - start) / steps)
+        finite = finite and bool(jnp.isfinite(out[2]).all())
+    step_ms = statistics.median(times[1:])
+    return {
+        "step_ms": step_ms,
+        "tokens_per_s": 1e3 * batch / step_ms,
+        "compile_s": round(compiled, 1),
+        "finite": finite,
+    }
+
+
+def _cache(model: Decoder, batch: int) -> Any:
+    return init_cache(model.config, batch, CAPACITY, model.dtype)
+
+
+def by_generate(model: Decoder, params: Any, batch: int, steps: int = STEPS) -> dict[str, Any]:
+    """`generate`, its prefill of 16 tokens included once in each: the slope between two lengths."""
+    prompts = [[7 * i + j + 1 for j in range(16)] for i in range(batch)]
+
+    def seconds(new: int) -> float:
+        start = time.perf_counter()
+        rows = generate(model, params, prompts, new, eos_token_ids=())
+        assert all(len(row) == new for row in rows)
+        return time.perf_counter() - start
+
+    first = seconds(steps)
+    # Both lengths need the same capacity of the cache, and so the same programs.
+    short = statistics.median(seconds(4) for _ in range(3)) if seconds(4) else 0.0
+    long = statistics.median(seconds(steps) for _ in range(3))
+    step_ms = 1e3 * (long - short) / (steps - 4)
+    return {
+        "step_ms": step_ms,
+        "tokens_per_s": 1e3 * batch / step_ms,
+        "first_call_s": round(first, 1),
+        "short_s": short,
+    }

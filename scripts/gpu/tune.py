@@ -1,0 +1,89 @@
+"""The time of every candidate of tile sizes, for each shape and number of rows.
+
+A candidate is an item of its own: one that hangs costs no other.  `best` picks the fastest;
+`scripts.gpu.refine` then tries its neighbours.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from scripts.gpu import benchmark, candidates, products
+from scripts.gpu.ahead import Ahead
+from scripts.gpu.problems import SHAPES, Problem, config_json, config_of, of_item, to_item
+
+# One of each kind first: a table with holes still guides the heuristic.
+FIRST = (
+    (16, 4096, 14336),
+    (1, 4096, 4096),
+    (64, 4096, 14336),
+    (4096, 4096, 14336),
+    (16, 14336, 4096),
+    (16, 8192, 28672),
+    (128, 4096, 14336),
+    (512, 4096, 14336),
+    (16, 4096, 4096),
+)
+ROWS = (16, 1, 64, 4096, 32, 128, 512, 8)
+
+_ahead: Ahead | None = None
+
+
+def problems() -> list[Problem]:
+    """Those to tune, one of each kind first."""
+    every = ((m, *shape) for m in ROWS for shape in SHAPES)
+    return [Problem(*sizes) for sizes in dict.fromkeys((*FIRST, *every))]
+
+
+def items(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every candidate of every problem."""
+    return [candidate(p, c) for p in problems() for c in candidates.configs(p)]
+
+
+def candidate(p: Problem, config: Any) -> dict[str, Any]:
+    """The item of a config."""
+    return to_item(p, f"{config.name} ", config=config_json(config))
+
+
+def run(item: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Time one."""
+    global _ahead
+    if _ahead is None:
+        _ahead = ahead(items(facts), facts)
+    return time_candidate(item, _ahead, facts)
+
+
+def ahead(every: Iterable[Mapping[str, Any]], facts: Mapping[str, Any]) -> Ahead:
+    """Compiles what is not done yet."""
+    done = set(facts.get("done", ()))
+    return Ahead({i["key"]: functools.partial(_build, i) for i in every if i["key"] not in done})
+
+
+def _build(item: Mapping[str, Any]) -> Any:
+    return products.build(of_item(item), "w4", config_of(item["config"]))
+
+
+def time_candidate(
+    item: Mapping[str, Any], programs: Ahead, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The time of one config, beside what it is of."""
+    p = of_item(item)
+    told = benchmark.timed(p, "w4", programs.get(item["key"]), facts)
+    told.pop("kernels", None)
+    return {**told, "problem": p.key, "config": item["config"]}
+
+
+def best(results: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By problem: the fastest config whose results had the right size, its time, and how many
+    configs it was the fastest of."""
+    found: dict[str, dict[str, Any]] = {}
+    for result in results:
+        if not benchmark.plausible(result):
+            continue
+        entry = found.setdefault(result["problem"], {"us": float("inf"), "of": 0})
+        entry["of"] += 1
+        if result["us"] < entry["us"]:
+            entry |= {name: result[name] for name in ("us", "us_wall", "config", "m", "k", "n")}
+    return found

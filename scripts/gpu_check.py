@@ -1,0 +1,126 @@
+"""Everything that a GPU is needed for, in order of value, in one command of less than ten minutes.
+
+    python scripts/gpu_check.py [--out FOLDER] [--budget SECONDS] [--sections NAME ...]
+                                [--resume RESULTS.json] [--marlin CHECKOUT]
+
+Writes gpu_check.json (rewritten every few seconds: whatever ends it, little is lost) and
+gpu_check.txt, a summary, into --out (default: $OUT, else the folder out/gpu-check), and
+prints the summary.  --resume takes over what an earlier run has done, so that a second command goes
+on where the first ended. Needs jax, flax and numpy, and no install of the package.
+
+Every section runs in processes of its own; what fails, hangs or crashes is written down with its
+traceback, and the rest goes on.  Without a Hopper GPU it compiles what it can, and says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file: find scripts.* and jq
+
+from scripts.gpu.runner import Results, Section, run
+
+SECTIONS = (
+    Section("environment", "scripts.gpu.environment", 3, 90, needs_gpu=False),
+    Section("ceilings", "scripts.gpu.ceilings", 3, 60),
+    Section("correctness", "scripts.gpu.correctness", 20, 75, workers=4),
+    Section("benchmark", "scripts.gpu.benchmark", 28, 75),
+    Section("decode", "scripts.gpu.decode", 18, 150),
+    Section("tune", "scripts.gpu.tune", 24, 60),
+    Section("refine", "scripts.gpu.refine", 6, 60),
+    Section("marlin", "scripts.gpu.marlin", 8, 240),
+    Section("compile", "scripts.gpu.compile_only", 30, 240, needs_gpu=False),
+)
+BUDGET_S = 570
+
+
+def learn(name: str, found: Mapping[str, Any], facts: dict[str, Any]) -> None:
+    """What later sections, and the summary, need to know of a section's results."""
+    if name == "environment":
+        device = found.get("device", {})
+        facts["device"] = device.get("kind")
+        facts["gpu"] = device.get("platform") == "gpu" and device.get("capability") == "9.0"
+        facts["timer"] = "cupti" if found.get("cupti", {}).get("works") else "wall"
+    elif name == "ceilings":
+        for key, field, fact in (
+            ("copy", "gbs", "copy_gbs"),
+            ("read", "gbs", "read_gbs"),
+            ("matmul", "tflops", "bf16_tflops"),
+            ("launch", "us", "launch_us"),
+        ):
+            if key in found:
+                facts[fact] = found[key][field]
+    elif name in ("tune", "refine"):
+        from scripts.gpu.tune import best
+
+        tuned = facts.setdefault("tuned", {})
+        for key, entry in best(found.values()).items():
+            if key not in tuned or entry["us"] < tuned[key]["us"]:
+                tuned[key] = entry
+
+
+def unwanted(section: Section, facts: Mapping[str, Any]) -> str | None:
+    """Why a section is skipped, if it is."""
+    if section.name == "compile" and facts.get("gpu"):
+        return "there is a GPU: everything above was compiled and run"
+    if section.needs_gpu and not facts.get("gpu"):
+        return "no GPU of compute capability 9.0"
+    if section.name == "marlin" and not facts.get("marlin"):
+        return "no source of Marlin given (--marlin)"
+    return None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run, write and print.  The exit code is 0 unless a variant of the kernel is wrong."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [s.name for s in SECTIONS]
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "out/gpu-check")))
+    parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds for everything")
+    parser.add_argument("--sections", nargs="+", choices=names, help="beside environment")
+    parser.add_argument("--resume", type=Path, help="gpu_check.json of an earlier run")
+    parser.add_argument("--marlin", type=Path, help="a checkout of Marlin to build and time")
+    args = parser.parse_args(arguments)
+    args.out.mkdir(parents=True, exist_ok=True)
+    wanted = {*names} if args.sections is None else {"environment", *args.sections}
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    meta = {"started": now, "command": sys.argv[1:], "budget_s": args.budget}
+    results = Results(args.out / "gpu_check.json", meta)
+    if args.resume is not None:
+        results.take_over(json.loads(args.resume.read_text(encoding="utf-8")))
+    if args.marlin is not None:
+        results.data["facts"]["marlin"] = str(args.marlin.resolve())
+    sections = [s for s in SECTIONS if s.name in wanted]
+    run(sections, results, args.budget, learn, unwanted)
+    return summarize(results, args.out)
+
+
+def summarize(results: Results, out: Path) -> int:
+    """Add table and goals to the JSON, write and print the text."""
+    from scripts.gpu import table
+
+    try:
+        found = table.rows(results.data)
+        results.data["table"], results.data["goals"] = found, table.goals(found, results.data)
+        text = table.text(results.data)
+    except Exception as error:  # the results themselves are there all the same
+        text = f"no summary: {type(error).__name__}: {error}\n"
+        results.data["summary_error"] = text
+    results.flush()
+    (out / "gpu_check.txt").write_text(text, encoding="utf-8")
+    print(text, end="")
+    checked = results.data["sections"].get("correctness", {})
+    wrong = [r for r in checked.get("results", {}).values() if not r["ok"]]
+    return 1 if wrong or checked.get("errors") else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
