@@ -15,6 +15,7 @@ COMMANDS = {
     "quantize": "quantize a model into a checkpoint, or for other tools",
     "convert": "convert a quantized model into another format",
     "eval": "measure perplexity, and what quantization cost",
+    "compare": "try every method on a model, and say which to take",
     "generate": "continue prompts",
     "inspect": "list a checkpoint's tensors, their sizes and errors",
     "methods": "list the methods that quantize knows",

@@ -30,6 +30,7 @@ def evaluate(
     max_windows: int | None = None,
     batch_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
+    observe: Callable[[dict[str, np.ndarray]], None] | None = None,
 ) -> Evaluation:
     """Token-level perplexity and, given a reference, KL divergence and agreement with it.
 
@@ -48,6 +49,8 @@ def evaluate(
         max_windows: take only the first ones.
         batch_size: windows that run at once.
         progress: called with (windows done, windows in all) after every batch.
+        observe: called with the scores of every batch, by name ("nll"; with a reference also
+            "reference_nll", "kl", "top1"): `[B, T-1]`, position 0 being the second token.
 
     Raises:
         CalibrationError: not one full window; a token id outside the vocabulary; a knob below 1.
@@ -75,6 +78,8 @@ def evaluate(
     for batch, real in _batches(windows, batch_size):
         scores = {name: np.asarray(x)[:real] for name, x in score(batch).items()}
         _check_finite(scores, done, seq_len)
+        if observe is not None:
+            observe(scores)
         for name, x in scores.items():
             means.setdefault(name, []).append(x.astype(np.float64).mean(axis=1))
         done += real
