@@ -105,11 +105,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def summarize(results: Results, out: Path) -> int:
     """Add table and goals to the JSON, write and print the text."""
-    from scripts.gpu import table
-
     try:
+        from scripts.gpu import table, tune
+
         found = table.rows(results.data)
         results.data["table"], results.data["goals"] = found, table.goals(found, results.data)
+        results.data["tuning_rows"] = tune.table_rows(results.data["facts"].get("tuned", {}))
         text = table.text(results.data)
     except Exception as error:  # the results themselves are there all the same
         text = f"no summary: {type(error).__name__}: {error}\n"

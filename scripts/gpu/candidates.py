@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from jq.pallas_kernels import tuning
 from jq.pallas_kernels.compat import CORES
 from jq.pallas_kernels.config import SHARED_MEMORY, DecodeConfig, PrefillConfig
 from scripts.gpu.problems import Problem, config_json, config_of
@@ -117,26 +118,30 @@ def prefill_configs(p: Problem) -> list[PrefillConfig]:
 
 
 def configs(p: Problem) -> list[DecodeConfig | PrefillConfig]:
-    """Candidates for a problem; both kernels where either may win."""
+    """Candidates, the kernels' own choice first; of both kernels where either may win."""
+    choice = tuning.choose(p.m, p.k, p.n, **p.format)
     few: list[Any] = decode_configs(p) if p.m <= 256 else []
     many: list[Any] = prefill_configs(p) if p.m > 32 else []
-    return few + many
+    return list(dict.fromkeys([choice, *few, *many]))
 
 
 def every_config() -> Iterator[tuple[Problem, DecodeConfig | PrefillConfig]]:
-    """A problem for every value of every field: two formats, and sizes that leave remainders."""
+    """A problem for all that may be chosen, and every value of every field: two formats, and sizes
+    that leave remainders."""
     fields = [{"block_m": b} for b in (8, 16, 32, 64, 128)]
     fields += [{"split": s} for s in (2, 4, 8)]
     fields += [{"warpgroups": w, "tiles": t} for w, t in ((1, 1), (3, 1), (1, 2), (2, 2))]
     fields += [{"slices": 2}, {"slices": 3}, {"stages": 2}, {"stages": 7}, {"pdl": True}]
     fields += [{"split": 4, "tiles": 2, "pdl": True}, {"split": 8, "block_m": 64, "stages": 2}]
     for group, symmetric in ((128, True), (32, False)):
-        for config in dict.fromkeys(fits(DecodeConfig, **field) for field in fields):
+        own = [c for c in tuning.CANDIDATES if isinstance(c, DecodeConfig)]
+        for config in dict.fromkeys([*own, *(fits(DecodeConfig, **field) for field in fields)]):
             if config is not None:
                 yield Problem(min(config.block_m, 50) - 1, 4096, 1216, group, symmetric), config
     prefill = [{"block_m": b, "multicast": m} for b in (64, 128, 256) for m in (False, True)]
     prefill += [{"stages": 2}, {"block_m": 64, "stages": 8}]
     for group, symmetric in ((128, True), (32, False)):
-        for config in dict.fromkeys(fits(PrefillConfig, **field) for field in prefill):
+        own = [c for c in tuning.CANDIDATES if isinstance(c, PrefillConfig)]
+        for config in dict.fromkeys([*own, *(fits(PrefillConfig, **field) for field in prefill)]):
             if config is not None:
                 yield Problem(600, 1024, 1216, group, symmetric), config

@@ -54,6 +54,12 @@ class Problem:
         return 1 if self.group == -1 else self.k // self.group
 
     @property
+    def format(self) -> dict[str, Any]:
+        """As the tuning table spells it."""
+        size = None if self.group in (-1, self.k) else self.group
+        return {"dtype": self.dtype, "group_size": size, "symmetric": self.symmetric}
+
+    @property
     def flops(self) -> int:
         return 2 * self.m * self.k * self.n
 

@@ -75,6 +75,17 @@ def time_candidate(
     return {**told, "problem": p.key, "config": item["config"]}
 
 
+def table_rows(tuned: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What `best` found, as `jq.pallas_kernels.tuning.table` takes it."""
+    rows = []
+    for entry in tuned.values():
+        config = {name: value for name, value in entry["config"].items() if name != "kind"}
+        p = Problem(entry["m"], entry["k"], entry["n"])
+        row = {"k": p.k, "n": p.n, "m": p.m, **p.format}
+        rows.append({**row, "kernel": entry["config"]["kind"], "config": config})
+    return rows
+
+
 def best(results: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """By problem: the fastest config whose results had the right size, its time, and how many
     configs it was the fastest of."""

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from jq.pallas_kernels import tuning
 from scripts.gpu import table, tune
 from scripts.gpu.problems import Problem, config_json, config_of
 from scripts.gpu_check import SECTIONS, learn, unwanted
@@ -125,6 +126,9 @@ def test_the_best_of_what_was_tried():
     learn("refine", {"b": tried(6.0), "c": tried(4.0)}, facts)
     assert facts["tuned"]["p"]["us"] == 4.0
     json.dumps(facts)
+    (row,) = tune.table_rows(facts["tuned"])
+    (config,) = tuning.table([row]).values()
+    assert config == config_of(facts["tuned"]["p"]["config"])
 
 
 def test_what_is_learned_of_the_machine():
