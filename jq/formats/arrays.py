@@ -6,7 +6,7 @@ where they go.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from jaxtyping import UInt8
 
 Arrays = Mapping[str, np.ndarray]
+
+# Codes that are unpacked at a time.
+_STRIP = 2**20
 
 SCALE_DTYPES: dict[str, np.dtype] = {
     "float16": np.dtype(np.float16),
@@ -134,7 +137,7 @@ def make_qtensor(
     """
     k, n = shape
     if order is not None:
-        packed = pack_codes(unpack_codes(packed, spec.bits, k)[order], spec.bits)
+        packed = _take_rows(packed, order, spec.bits)
     codes = (packed ^ np.uint8(128)).view(np.int8) if _signed(spec) else packed
     zero_point = None if zeros is None else pack_codes(np.ascontiguousarray(zeros.T), spec.bits).T
     scale = np.ascontiguousarray(scale)
@@ -164,10 +167,7 @@ def packed_codes(w: QTensor) -> UInt8[np.ndarray, "_ N"]:
     packed = codes.view(np.uint8) ^ np.uint8(128) if _signed(w.spec) else codes
     if w.order is None:
         return packed
-    stored = unpack_codes(packed, w.spec.bits, w.k)
-    rows = np.empty_like(stored)
-    rows[np.asarray(w.order)] = stored
-    return pack_codes(rows, w.spec.bits)
+    return _take_rows(packed, np.argsort(np.asarray(w.order)), w.spec.bits)
 
 
 def zeros_of(w: QTensor) -> UInt8[np.ndarray, "G N"]:
@@ -191,6 +191,27 @@ def unpack_codes(packed: UInt8[np.ndarray, "_ N"], bits: int, k: int) -> UInt8[n
     if bits == 8:
         return packed
     return words.unpack(words.from_bytes(packed, bits, k, 0), bits, k, 0)
+
+
+def strips(k: int, n: int, step: int = 1) -> Iterator[slice]:
+    """Slices of the N outputs of a weight that are converted one after the other.
+
+    What is unpacked on the way then takes a megabyte and not a byte per weight.  All but the last
+    are a multiple of `step` wide.
+    """
+    width = max(_STRIP // max(k, 1) // step, 1) * step
+    return (slice(start, min(start + width, n)) for start in range(0, n, width))
+
+
+def _take_rows(
+    packed: UInt8[np.ndarray, "_ N"], rows: np.ndarray, bits: int
+) -> UInt8[np.ndarray, "_ N"]:
+    """Packed codes of the rows in this order."""
+    out = np.empty_like(packed)
+    k, n = rows.shape[0], packed.shape[1]
+    for part in strips(k, n):
+        out[:, part] = pack_codes(unpack_codes(packed[:, part], bits, k)[rows], bits)
+    return out
 
 
 def check_kind(w: QTensor, spec: QuantSpec, path: str, what: str) -> None:

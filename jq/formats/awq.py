@@ -14,6 +14,7 @@ import dataclasses
 
 import numpy as np
 
+from jq import packing
 from jq.errors import CheckpointError, SpecError
 from jq.formats import words
 from jq.formats.arrays import (
@@ -24,6 +25,7 @@ from jq.formats.arrays import (
     pack_codes,
     packed_codes,
     scale_dtype,
+    strips,
     take,
     take_scales,
     unpack_codes,
@@ -103,7 +105,10 @@ def to_qtensor(tensors: Arrays, scheme: AWQScheme, shape: tuple[int, int], path:
                 "false, which says 8; set zero_point to true in config.json, or the file is damaged"
             )
         zeros = None
-    packed = pack_codes(words.unpack_awq(qweight), BITS)
+    packed = np.empty((packing.packed_size(k, BITS), n), np.uint8)
+    for part in strips(k, n, 8):
+        codes = words.unpack_awq(qweight[:, part.start // 8 : part.stop // 8])
+        packed[:, part] = pack_codes(codes, BITS)
     return make_qtensor(packed, scale, zeros, scheme.spec(scale_dtype(scale)), shape)
 
 
@@ -124,8 +129,13 @@ def from_qtensor(w: QTensor, scheme: AWQScheme, path: str) -> dict[str, np.ndarr
         )
     if w.n % 8:
         raise SpecError(f"{path}: AWQ packs eight outputs in a word, but there are {w.n}")
+    packed = packed_codes(w)
+    qweight = np.empty((w.k, w.n // 8), np.int32)
+    for part in strips(w.k, w.n, 8):
+        codes = unpack_codes(packed[:, part], BITS, w.k)
+        qweight[:, part.start // 8 : part.stop // 8] = words.pack_awq(codes)
     return {
-        "qweight": words.pack_awq(unpack_codes(packed_codes(w), BITS, w.k)),
+        "qweight": qweight,
         "qzeros": words.pack_awq(zeros_of(w)),
         "scales": cast_scales(w, scheme.scale_dtype, path, "the AWQ file"),
     }

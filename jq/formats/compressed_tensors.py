@@ -229,7 +229,7 @@ def _from_plain(
     spec = scheme.spec(scale_dtype(scale))
     input_scale = _input_scale(tensors, scheme, path)
     if spec.is_float:
-        if np.isnan(stored.astype(np.float32)).any():
+        if (stored.view(np.uint8) & 0x7F == 0x7F).any():
             raise CheckpointError(f"{path}.weight: has NaN; quantize the original model again")
         return float_qtensor(stored.T, scale.T, spec, input_scale)
     zeros = None

@@ -42,15 +42,16 @@ def pack(codes: UInt8[np.ndarray, "_ _"], bits: int, axis: Axis) -> Int32[np.nda
     """
     x = codes if axis == 0 else codes.T
     size = x.shape[0]
-    lanes = np.zeros((-(-size // 32) * 32, x.shape[1]), np.uint32)
-    lanes[:size] = x
-    lanes = lanes.reshape(-1, 32, x.shape[1])
+    if size % 32:
+        x = np.pad(x, ((0, -size % 32), (0, 0)))
+    lanes = x.reshape(-1, 32, x.shape[1])
     out = np.zeros((lanes.shape[0], bits, x.shape[1]), np.uint32)
     for lane in range(32):
         word, shift = divmod(lane * bits, 32)
-        out[:, word] |= lanes[:, lane] << np.uint32(shift)
+        code = lanes[:, lane].astype(np.uint32)
+        out[:, word] |= code << np.uint32(shift)
         if shift + bits > 32:
-            out[:, word + 1] |= lanes[:, lane] >> np.uint32(32 - shift)
+            out[:, word + 1] |= code >> np.uint32(32 - shift)
     packed = out.reshape(-1, x.shape[1])[: num_words(size, bits)].view(np.int32)
     return np.ascontiguousarray(packed if axis == 0 else packed.T)
 
