@@ -2,47 +2,84 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
 from jq.pallas_kernels import reference
+from jq.pallas_kernels.config import Config, DecodeConfig, PrefillConfig
 from jq.pallas_kernels.weight import W4Weight, operands, unsupported_format
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 
+def w4a16(
+    x: Float[Array, "*B K"],
+    w: W4Weight,
+    *,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> Float[Array, "*B N"]:
+    """y = x @ w by the Hopper kernels, rounded once to x's dtype.
+
+    Args:
+      x: `w.dtype` [..., K], any number of rows.
+      w: the weight, of logical shape [K, N].
+      config: tile sizes; None: the fastest known, or estimated, for the shape (see `tuning`).
+      interpret: run the kernel's schedule on the CPU, in Mosaic's interpreter, detecting races.
+        It wants more threads than a small machine's XLA has: set the environment variable NPROC
+        to 16 before JAX is imported.
+    Returns: `w.dtype` [..., N]; sums are float32, in an order that depends on the config alone.
+    Raises: ValueError when the sizes or dtypes do not match.
+    """
+    _check(x, w)
+    m = math.prod(x.shape[:-1])
+    if m == 0:
+        return jnp.zeros((*x.shape[:-1], w.n), x.dtype)
+    config = config or choose(m, w)
+    # Mosaic is imported when it is needed: a CPU does without.
+    if isinstance(config, PrefillConfig):
+        from jq.pallas_kernels.w4a16_prefill import prefill as kernel
+    else:
+        from jq.pallas_kernels.w4a16_decode import decode as kernel
+    return kernel(x.reshape(m, w.k), w, config, interpret).reshape(*x.shape[:-1], w.n)
+
+
 def w4a16_reference(x: Float[Array, "*B K"], w: W4Weight) -> Float[Array, "*B N"]:
-    """The XLA version of `w4a16`, for any backend: the same operands, products and roundings."""
+    """The XLA version of `w4a16`, for any backend: the same operands, products and roundings.
+
+    Raises: ValueError when the sizes or dtypes do not match.
+    """
+    _check(x, w)
     sums = reference.dot(x, operands(w), jnp.float32)
     columns = w.normaliser.reshape((1,) * (x.ndim - 1) + (-1,))
     return (sums * columns).astype(x.dtype)
 
 
-def w4a16(
-    x: Float[Array, "*B K"], w: W4Weight, *, config=None, interpret: bool = False
-) -> Float[Array, "*B N"]:
-    """y = x @ w, rounded once to x's dtype.
+def choose(m: int, w: W4Weight) -> DecodeConfig | PrefillConfig:
+    """The tile sizes that `w4a16` takes for m rows."""
+    from jq.pallas_kernels import tuning
 
-    Args:
-      x: `w.dtype` [..., K], any number of rows.
-      w: the weight, of logical shape [K, N].
-    Returns: `w.dtype` [..., N]; sums are float32.
-    Raises: ValueError when the sizes or dtypes do not match.
-    """
-    if w.ndim != 2 or x.ndim == 0 or x.shape[-1] != w.k:
-        raise ValueError(f"x {x.shape} does not multiply a weight of logical shape {w.shape}")
-    if x.dtype != jnp.dtype(w.dtype):
-        raise ValueError(f"x is {x.dtype}, but the weight was prepared for {w.dtype}: cast x")
-    return w4a16_reference(x, w)
+    fmt = {"dtype": w.dtype, "group_size": w.group_size, "symmetric": w.symmetric}
+    return tuning.choose(m, w.k, w.n, **fmt)
 
 
 def supported(w: W4Weight, m: int, compute_capability: tuple[int, int] | str) -> str | None:
-    """Why the kernels do not serve this weight and number of rows on such a device, or None."""
-    major, minor = _capability(compute_capability)
-    if (major, minor) != (9, 0):
-        return f"the kernels are for compute capability 9.0 (Hopper), not {major}.{minor}"
+    """Why the kernels do not serve this weight and number of rows on such a device, or None.
+
+    Args:
+      w: the weight, or its shapes (`jax.eval_shape`).
+      m: rows of x.
+      compute_capability: (9, 0), or "9.0" as devices spell it.
+    """
+    if isinstance(compute_capability, str):
+        major, _, minor = compute_capability.partition(".")
+        compute_capability = int(major), int(minor or 0)
+    if compute_capability != (9, 0):
+        spelled = ".".join(map(str, compute_capability))
+        return f"the kernels are for compute capability 9.0 (Hopper), not {spelled}"
     if w.ndim != 2:
         return f"the weight is stacked, {w.shape}: index or scan over the leading axes first"
     if m < 1:
@@ -50,8 +87,8 @@ def supported(w: W4Weight, m: int, compute_capability: tuple[int, int] | str) ->
     return unsupported_format(w.k, w.n, w.group_size, w.dtype)
 
 
-def _capability(value: tuple[int, int] | str) -> tuple[int, int]:
-    if isinstance(value, str):
-        major, _, minor = value.partition(".")
-        return int(major), int(minor or 0)
-    return value
+def _check(x, w: W4Weight) -> None:
+    if w.ndim != 2 or x.ndim == 0 or x.shape[-1] != w.k:
+        raise ValueError(f"x {x.shape} does not multiply a weight of logical shape {w.shape}")
+    if x.dtype != jnp.dtype(w.dtype):
+        raise ValueError(f"x is {x.dtype}, but the weight was prepared for {w.dtype}: cast x")

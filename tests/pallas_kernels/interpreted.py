@@ -1,0 +1,105 @@
+"""Run the kernels' schedules in Mosaic's interpreter; a JSON object per case.
+
+A program of its own, since the interpreter needs a thread of XLA's pool for each warpgroup of a
+cluster, and a small machine's pool has fewer: NPROC is read when JAX starts.
+"""
+
+from __future__ import annotations
+
+import os
+
+if __name__ == "__main__":
+    os.environ["NPROC"] = "48"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jq.pallas_kernels.config import Config, DecodeConfig, PrefillConfig
+from jq.pallas_kernels.w4a16_decode import decode
+from jq.pallas_kernels.w4a16_prefill import prefill
+from jq.pallas_kernels.weight import W4Weight, dequantize, w4_weight
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A product small enough to interpret.  clusters: of the prefill kernel, to share its tiles."""
+
+    config: Config
+    m: int
+    k: int
+    n: int
+    group_size: int | None = 64
+    zero: bool = False
+    dtype: str = "bfloat16"
+    clusters: int | None = None
+
+    @property
+    def name(self) -> str:
+        group = self.group_size or "channel"
+        size = f"{self.m}x{self.k}x{self.n}"
+        return f"{self.config.name}_{self.dtype}_g{group}" + "_zero" * self.zero + f"_{size}"
+
+    def run(self, x, w) -> jax.Array:
+        if isinstance(self.config, DecodeConfig):
+            return decode(x, w, self.config, interpret=True)
+        return prefill(x, w, self.config, interpret=True, clusters=self.clusters)
+
+
+CASES = (
+    # One stage, all of it; rows that are no multiple of 8.
+    Case(DecodeConfig(8, slices=2, stages=2), 1, 128, 128, None),
+    # Stages are used again; columns, inputs and rows end within a block.
+    Case(DecodeConfig(16, slices=2, stages=2), 19, 448, 192, 64, True),
+    Case(DecodeConfig(8, slices=4, stages=3, warpgroups=1), 8, 1024, 64, 128, False, "float16"),
+    Case(DecodeConfig(8, slices=3, stages=2, tiles=2), 3, 576, 128, 32, True, "float16"),
+    # Clusters; the last blocks of one have nothing but zeros to add.
+    Case(DecodeConfig(8, slices=2, stages=2, split=2, pdl=True), 5, 512, 128, 32),
+    Case(DecodeConfig(8, slices=2, stages=2, split=8), 2, 640, 64, 128, True),
+    Case(DecodeConfig(32, slices=2, stages=2, tiles=2, split=4), 33, 512, 128, 64),
+    # Several tiles for each block, and stages that run on across them.
+    Case(PrefillConfig(64, stages=2), 70, 192, 192, 64, True, clusters=1),
+    Case(PrefillConfig(64, stages=4, snake=1), 130, 256, 320, 128, False, clusters=2),
+    Case(PrefillConfig(64, stages=4), 200, 64, 64, None, True, "float16", clusters=3),
+    Case(PrefillConfig(128, stages=6), 30, 128, 128, 32, True, "float16"),
+    # Pairs of blocks; the second of the last one has no columns.
+    Case(PrefillConfig(64, stages=2, multicast=True), 70, 128, 320, 32, False, clusters=1),
+)
+
+
+def problem(case: Case) -> tuple[jax.Array, W4Weight]:
+    rng = np.random.default_rng(case.m + case.k + case.n)
+    groups = 1 if case.group_size is None else case.k // case.group_size
+    codes = jnp.asarray(rng.integers(0, 16, (case.k, case.n)), jnp.uint8)
+    scale = jnp.asarray(rng.uniform(0.005, 0.02, (groups, case.n)), jnp.float32)
+    zero = jnp.asarray(rng.integers(0, 16, (groups, case.n)), jnp.uint8) if case.zero else None
+    x = jnp.asarray(rng.normal(size=(case.m, case.k)), case.dtype)
+    return x, w4_weight(codes, scale, zero, dtype=case.dtype)
+
+
+def main() -> None:
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
+
+    for case in CASES:
+        if sys.argv[1:] and not any(text in case.name for text in sys.argv[1:]):
+            continue
+        x, w = problem(case)
+        y = np.asarray(case.run(x, w), np.float64)
+        expected = np.asarray(x, np.float64) @ np.asarray(dequantize(w), np.float64)
+        error = np.linalg.norm(y - expected) / np.linalg.norm(expected)
+        worst = np.max(np.abs(y - expected)) / np.max(np.abs(expected))
+        races = bool(interpreter.get_races().races_found)
+        result = {"name": case.name, "error": error, "worst": worst, "races": races}
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Compile W4A16 kernels for Hopper without a GPU, and say what the assembler made of them.
+
+    python tests/pallas_kernels/sass.py [--match TEXT]...        one JSON object per line
+
+Needs jax with jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cuda-nvcc and nvidia-cuda-nvdisasm (see
+scripts/sass_check).  Nothing runs: XLA's compile-only client, Mosaic and ptxas make the code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import glob
+import json
+import os
+import pathlib
+import re
+import sys
+import tempfile
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+H200 = """
+gpu_device_info {
+  threads_per_warp: 32 core_count: 132 device_memory_size: 85899345920
+  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
+}
+"""
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
+FORBIDDEN = ("LDL", "STL", "I2F")
+SLOW_IN_LOOP = ("I2FP", "F2F", "SHFL", "STS", "MUFU")
+
+
+@dataclasses.dataclass
+class Report:
+    """Of one kernel.
+
+    registers: per thread, as assembled.  spills: bytes stored or loaded.  stack: bytes.
+    shared: bytes.  warnings: the assembler's that name lost performance.
+    forbidden: local memory, and what does not belong into the loop, if found.  tensor: HGMMA instructions.
+    slots: instructions of the innermost loop with HGMMA, per 64 x 64 tile of the weight.
+    """
+
+    name: str
+    registers: int
+    spills: int
+    stack: int
+    shared: int
+    warnings: list[str]
+    forbidden: list[str]
+    tensor: int
+    slots: float
+
+
+def use_wheels_tools() -> None:
+    """ptxas and nvdisasm of the wheels, not of a toolkit that happens to be installed."""
+    import nvidia
+
+    for path in nvidia.__path__:
+        root = os.path.join(path, "cu13")
+        if os.path.exists(os.path.join(root, "bin", "ptxas")):
+            os.environ["PATH"] = os.path.join(root, "bin") + os.pathsep + os.environ["PATH"]
+            os.environ["MOSAIC_GPU_CUDA_ROOT"] = root
+            return
+    raise FileNotFoundError("nvidia/cu13/bin/ptxas: install nvidia-cuda-nvcc")
+
+
+def compile_only_device():
+    """A Hopper device that can be compiled for."""
+    target = topologies.get_topology_desc("", "cuda", target_config=H200, topology="1x1x1")
+    return target.devices[0]
+
+
+def compile_kernel(function, arguments, device) -> dict[str, str]:
+    """The dumps of the one kernel in function(*arguments), by suffix."""
+    mesh = jax.sharding.Mesh(np.array([device]), ("x",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    arguments = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MOSAIC_GPU_DUMP_TO"] = folder
+        # Mosaic asks the default device, not the arguments', what to compile for.
+        with jax.default_device(device):
+            jax.jit(function).trace(*arguments).lower().compile()
+        logs = glob.glob(f"{folder}/*.ptxas")
+        assert len(logs) == 1, f"expected one kernel, found {logs}"
+        stem = logs[0].removesuffix(".ptxas")
+        suffixes = ("ptxas", "sass_ctrl", "resources.txt", "ptx")
+        return {s: pathlib.Path(f"{stem}.{s}").read_text() for s in suffixes}
+
+
+def innermost_loop(sass: str, opcode: str) -> collections.Counter:
+    """Instructions of the shortest loop that holds the opcode."""
+    lines = sass.splitlines()
+    labels = {
+        m.group(1): i for i, line in enumerate(lines) if (m := re.match(r"\s*(\.L_\w+):", line))
+    }
+    best = None
+    for end, line in enumerate(lines):
+        target = re.search(r"\bBRA\b.*?(\.L_\w+)", line)
+        start = labels.get(target.group(1), end) if target else end
+        body = collections.Counter(INSTRUCTION.findall("\n".join(lines[start : end + 1])))
+        if start < end and body[opcode] and (best is None or body.total() < best.total()):
+            best = body
+    assert best is not None, f"no loop with {opcode}"
+    return best
+
+
+def inspect(name: str, dumps: dict[str, str]) -> Report:
+    log, sass = dumps["ptxas"], dumps["sass_ctrl"]
+    spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", log)
+    opcodes = collections.Counter(INSTRUCTION.findall(sass))
+    loop = innermost_loop(sass, "HGMMA")
+    return Report(
+        name=name,
+        registers=int(re.search(r"Used (\d+) registers", log).group(1)),
+        spills=int(spills.group(2)) + int(spills.group(3)),
+        stack=int(spills.group(1)),
+        shared=int(re.search(r"smem_scratch_bytes=(\d+)", dumps["resources.txt"]).group(1)),
+        warnings=[line for line in log.splitlines() if re.search(r"C75\d\d", line)],
+        forbidden=[opcode for opcode in FORBIDDEN if opcodes[opcode]]
+        + [f"{opcode} in the loop" for opcode in SLOW_IN_LOOP if loop[opcode]],
+        tensor=opcodes["HGMMA"],
+        # Four instructions multiply a tile: one for each 16 inputs.
+        slots=loop.total() / (loop["HGMMA"] / 4),
+    )
+
+
+def main() -> None:
+    from tests.pallas_kernels import variants
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--match", action="append", help="only variants whose name contains this")
+    parser.add_argument("--dump", help="folder to keep the SASS in")
+    args = parser.parse_args()
+    use_wheels_tools()
+    device = compile_only_device()
+    for variant in variants.ALL:
+        if args.match and not any(text in variant.name for text in args.match):
+            continue
+        dumps = compile_kernel(*variant.lowering(), device)
+        if args.dump:
+            pathlib.Path(args.dump, f"{variant.name}.sass").write_text(dumps["sass_ctrl"])
+            pathlib.Path(args.dump, f"{variant.name}.ptx").write_text(dumps["ptx"])
+        print(json.dumps(dataclasses.asdict(inspect(variant.name, dumps))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
