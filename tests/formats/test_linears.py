@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jq.formats import awq, compressed_tensors, gptq
+from jq.formats import arrays, awq, compressed_tensors, gptq
 from jq.formats.awq import AWQScheme
 from jq.formats.compressed_tensors import CompressedTensorsScheme
 from jq.qtensor import from_codes
@@ -197,3 +197,18 @@ def test_any_layout_and_byte_order_is_read_alike(layout):
     assert_same(gptq.from_qtensor(w, scheme, "m"), tensors)
     swapped = jax.tree.map(lambda leaf: other(np.asarray(leaf)), w)
     assert_same(gptq.from_qtensor(swapped, scheme, "m"), tensors)
+
+
+@pytest.mark.parametrize("codes", [1, 300, 700])
+def test_large_weights_are_converted_in_strips(monkeypatch, codes):
+    monkeypatch.setattr(arrays, "_STRIP", codes)
+    widths = {part.stop - part.start for part in arrays.strips(64, 40, 8)}
+    assert widths == {8}
+    linear, tensors, scheme = gptq_case(bits=3, act_order=True)
+    w = gptq.to_qtensor(tensors, scheme, SHAPE, "m")
+    assert_weight(w, linear.weight)
+    assert_same(gptq.from_qtensor(w, scheme, "m"), tensors)
+    linear = oracle.random_linear(4, *SHAPE, 16)
+    w = awq.to_qtensor(oracle.awq(linear), AWQScheme(16), SHAPE, "m")
+    assert_weight(w, linear.weight)
+    assert_same(awq.from_qtensor(w, AWQScheme(16), "m"), oracle.awq(linear))
