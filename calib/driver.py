@@ -65,11 +65,19 @@ class TreeSource:
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedBlock:
-    """A finished block: its name, its parameters with QTensor leaves, and what happened."""
+    """A finished block.
+
+    name: its name.
+    params: its parameters, with QTensor leaves.
+    report: what happened.
+    hidden: [samples, T, D], the calibration set's hidden states as the next block reads them; None
+      after the last block, and where nothing is calibrated.
+    """
 
     name: str
     params: dict[str, Any]
     report: BlockReport
+    hidden: jax.Array | np.ndarray | None = None
 
 
 def quantize_model(
@@ -101,6 +109,7 @@ def quantize_model(
     ):
         out[block.name] = block.params
         reports.append(block.report)
+        del block  # nor the hidden states it left
     return out, tuple(reports)
 
 
@@ -113,6 +122,8 @@ def quantize_blocks(
     mask: np.ndarray | jax.Array | None = None,
     batch_size: int = 1,
     offload: bool = False,
+    done: int = 0,
+    hidden: jax.Array | np.ndarray | None = None,
     progress: ProgressCallback | None = None,
 ) -> Iterator[QuantizedBlock]:
     """Quantize a model block by block.
@@ -127,6 +138,8 @@ def quantize_blocks(
         never changes the result.
       offload: keep the hidden states of the calibration set in host memory.  Device memory then
         holds a block, its statistics and `batch_size` samples.
+      done: blocks that an earlier run has finished; those are left out.
+      hidden: what the last of them left, see `QuantizedBlock`.
       progress: called after each group of linears.
     Yields: the blocks in order, each as soon as it is finished.
     Raises: SpecError when the recipe does not fit the model, CalibrationError when statistics are
@@ -143,14 +156,17 @@ def quantize_blocks(
         for group, some in zip(model.linear_groups, rules, strict=True):
             scaling_method(name, group, some)
     calibrating = any(needs_calibration(r) for rules in plan.values() for r in _flat(rules))
-    clock = _Clock(progress, len(model.block_names) * len(model.linear_groups))
+    groups = len(model.linear_groups)
+    clock = _Clock(progress, len(model.block_names) * groups, done * groups)
     stream = None
-    if calibrating:
-        stream = _first_stream(model, source, tokens, mask, batch_size if offload else None)
-    for name in model.block_names:
+    if calibrating and done < len(model.block_names):
+        at_a_time = batch_size if offload else None
+        stream = _first_stream(model, source, tokens, mask, hidden, at_a_time)
+    for name in model.block_names[done:]:
         work = _BlockWork(model, name, plan[name], batch_size, clock)
         block, stream = work.run(source.block(name), stream)
         yield block
+        del block  # not to be held while the next one is made
 
 
 Rules = tuple[tuple[Rule | None, ...], ...]
@@ -167,9 +183,39 @@ def _flat(rules: Rules) -> list[Rule]:
 
 
 def _first_stream(
-    model: BlockwiseModel, source: BlockSource, tokens: Any, mask: Any, at_a_time: int | None
+    model: BlockwiseModel,
+    source: BlockSource,
+    tokens: Any,
+    mask: Any,
+    hidden: jax.Array | np.ndarray | None,
+    at_a_time: int | None,
 ) -> Stream:
-    """The embedded calibration set; in host memory if so many samples are embedded at a time."""
+    """What the first block reads: the embedded calibration set, or what an earlier run left.
+
+    It stays in host memory if so many samples are embedded at a time.
+    """
+    tokens, mask = _checked_tokens(tokens, mask)
+    if hidden is not None:
+        if hidden.shape[:2] != tokens.shape:
+            raise CalibrationError(f"hidden {hidden.shape} does not fit tokens {tokens.shape}")
+        stream = Stream(hidden, None, mask)
+        return stream if at_a_time else jax.device_put(stream)
+    outer = source.outer()
+    vocabulary = vocabulary_size(model, outer)
+    if tokens.min() < 0 or tokens.max() >= vocabulary:
+        raise CalibrationError(
+            f"calibration token ids {tokens.min()}..{tokens.max()} are not all in the model's "
+            f"vocabulary 0..{vocabulary - 1}: were they made by this model's tokenizer?"
+        )
+    tokens = tokens.astype(np.int32)
+    if at_a_time is None:
+        return jax.device_put(Stream(_embed(model, outer, tokens), None, mask))
+    parts = [tokens[i : i + at_a_time] for i in range(0, len(tokens), at_a_time)]
+    x = np.concatenate([np.asarray(_embed(model, outer, part)) for part in parts])
+    return Stream(x, None, mask)
+
+
+def _checked_tokens(tokens: Any, mask: Any) -> tuple[np.ndarray, np.ndarray | None]:
     if tokens is None:
         raise CalibrationError(
             "this recipe learns from calibration tokens and none were given; pass tokens, "
@@ -182,20 +228,7 @@ def _first_stream(
         )
     if mask is not None and np.shape(mask) != tokens.shape:
         raise CalibrationError(f"mask {np.shape(mask)} does not fit tokens {tokens.shape}")
-    outer = source.outer()
-    vocabulary = vocabulary_size(model, outer)
-    if tokens.min() < 0 or tokens.max() >= vocabulary:
-        raise CalibrationError(
-            f"calibration token ids {tokens.min()}..{tokens.max()} are not all in the model's "
-            f"vocabulary 0..{vocabulary - 1}: were they made by this model's tokenizer?"
-        )
-    tokens = tokens.astype(np.int32)
-    mask = None if mask is None else np.asarray(mask, bool)
-    if at_a_time is None:
-        return jax.device_put(Stream(_embed(model, outer, tokens), None, mask))
-    parts = [tokens[i : i + at_a_time] for i in range(0, len(tokens), at_a_time)]
-    x = np.concatenate([np.asarray(_embed(model, outer, part)) for part in parts])
-    return Stream(x, None, mask)
+    return tokens, None if mask is None else np.asarray(mask, bool)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -207,15 +240,17 @@ def _embed(model: BlockwiseModel, outer: Mapping[str, Any], tokens: jax.Array) -
 class _Clock:
     """Counts finished groups and reports them."""
 
-    def __init__(self, progress: ProgressCallback | None, total: int) -> None:
-        self.progress, self.total, self.done = progress, total, 0
+    def __init__(self, progress: ProgressCallback | None, total: int, before: int) -> None:
+        self.progress, self.total, self.before, self.done = progress, total, before, before
         self.start = time.perf_counter()
 
     def tick(self, block: str, group: str, error: float | None) -> None:
         self.done += 1
         if self.progress is not None:
             seconds = time.perf_counter() - self.start
-            self.progress(Progress(self.done, self.total, block, group, error, seconds))
+            self.progress(
+                Progress(self.done, self.total, block, group, error, seconds, self.before)
+            )
 
 
 class _BlockWork:
@@ -251,7 +286,9 @@ class _BlockWork:
         jax.block_until_ready(work)
         seconds = time.perf_counter() - start
         report = BlockReport(self.name, tuple(self.reports), seconds)
-        return QuantizedBlock(self.name, work, report), stream
+        last = stream is None or self.name == self.model.block_names[-1]
+        hidden = None if last else stream.x
+        return QuantizedBlock(self.name, work, report, hidden), stream
 
     def _calibrate(self, params: Any, stream: Stream) -> tuple[Any, Stream]:
         scales: dict[int, Scaling] = {}

@@ -16,6 +16,7 @@ class Progress:
     group: name of the group that was just finished.
     error: largest relative output error of its linears; None without statistics.
     seconds: since the run began.
+    before: groups that an earlier run had finished.
     """
 
     done: int
@@ -24,11 +25,12 @@ class Progress:
     group: str
     error: float | None
     seconds: float
+    before: int = 0
 
     @property
     def seconds_left(self) -> float:
         """Estimate of the time left, from the average so far."""
-        return self.seconds / self.done * (self.total - self.done)
+        return self.seconds / (self.done - self.before) * (self.total - self.done)
 
 
 ProgressCallback = Callable[[Progress], None]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jq import statistics
+from jq import statistics, tree
 from jq.blockwise import BlockwiseModel
 from jq.qtensor import QTensor
 from jq.statistics import InputStats
@@ -63,16 +63,20 @@ def run_stage(
     `batch_size` samples are on the device while the next are on their way (the largest divisor of
     their number that is no larger, since every length is a program of its own).
     """
-    if not isinstance(stream.x, np.ndarray):
-        return _run_whole(model, kind, index, params, stream, collect=collect)
     samples = len(stream.x)
+    stats = None
+    if collect:
+        first = model.linear_groups[index].linears[0]
+        stats = statistics.init(tree.get(params, f"{first}/kernel").shape[-2])
+    if not isinstance(stream.x, np.ndarray):
+        result = _run_samples(model, kind, index, params, stream, stats, samples)
+        return result._replace(stats=_finished(result.stats))
     size = max(b for b in range(1, min(batch_size, samples) + 1) if samples % b == 0)
-    stats = _no_stats(model, kind, index, params, stream) if collect else None
     whole, waiting = _Whole(samples), None
     for start in range(0, samples, size):
         chunk = jax.device_put(jax.tree.map(lambda a: a[start : start + size], stream))  # noqa: B023
         # Dispatch is asynchronous: this chunk is computed while the one before is fetched.
-        part = _run_chunk(model, kind, index, params, chunk, stats)
+        part = _run_samples(model, kind, index, params, chunk, stats, size)
         stats = part.stats
         if waiting is not None:
             whole.add(*waiting)
@@ -80,9 +84,7 @@ def run_stage(
     assert waiting is not None
     whole.add(*waiting)
     x, carry, finite = whole.arrays
-    return StageResult(
-        Stream(x, carry, stream.mask), None if stats is None else _finish(stats), finite
-    )
+    return StageResult(Stream(x, carry, stream.mask), _finished(stats), finite)
 
 
 class _Whole:
@@ -102,50 +104,43 @@ class _Whole:
             whole[start : start + len(some)] = some
 
 
-@functools.partial(jax.jit, static_argnames=("model", "kind", "index", "collect"))
-def _run_whole(model, kind, index, params, stream, *, collect) -> StageResult:
-    stats = _no_stats(model, kind, index, params, stream) if collect else None
-    result = _run_samples(model, kind, index, params, stream, stats)
-    return result if stats is None else result._replace(stats=statistics.finish(result.stats))
-
-
 @functools.partial(jax.jit, static_argnames=("model", "kind", "index"))
-def _run_chunk(model, kind, index, params, stream, stats) -> StageResult:
-    return _run_samples(model, kind, index, params, stream, stats)
+def _run_samples(model, kind, index, params, stream, stats, count) -> StageResult:
+    """The stage on the first `count` samples, which are all; statistics are added to `stats`.
 
-
-_finish = jax.jit(statistics.finish)
-
-
-def _no_stats(model, kind, index, params, stream) -> InputStats:
-    """Statistics of no tokens, as wide as what the stage gives."""
-    one = jax.tree.map(lambda a: a[:1], stream)
-    x, _ = jax.eval_shape(
-        lambda params, one: model.block_stage(kind, index, params, one.x, one.carry, one.mask),
-        params,
-        one,
-    )
-    return statistics.init(x.shape[-1])
-
-
-def _run_samples(model, kind, index, params, stream: Stream, stats) -> StageResult:
+    XLA does not know the count, and cannot fit the loop to it: its body is the same program for any
+    number of samples, and rounds the same way.
+    """
     params = ready(params, stream.x.dtype)
     if stream.mask is not None:
         # Padding must not decide about the scale of quantized activations either.
         x = jnp.where(stream.mask[:, :, None], stream.x, jnp.zeros((), stream.x.dtype))
         stream = stream._replace(x=x)
 
-    def step(stats, sample: Stream):
+    def run(sample: Stream):
         one = jax.tree.map(lambda a: a[None], sample)
         x, carry = model.block_stage(kind, index, params, one.x, one.carry, one.mask)
-        finite = _finite(x, one.mask)[0]
-        x, carry = jax.tree.map(lambda a: a[0], (x, carry))
-        if stats is not None:
-            stats = statistics.update(stats, x, sample.mask)
-        return stats, (x, carry, finite)
+        finite = _finite(x, one.mask)
+        return jax.tree.map(lambda a: a[0], (x, carry, finite))
 
-    stats, (x, carry, finite) = lax.scan(step, stats, stream)
+    def step(i, state):
+        stats, outputs = state
+        sample = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), stream)
+        made = run(sample)
+        if stats is not None:
+            stats = statistics.update(stats, made[0], sample.mask)
+        put = functools.partial(lax.dynamic_update_index_in_dim, index=i, axis=0)
+        return stats, jax.tree.map(put, outputs, made)
+
+    shapes = jax.eval_shape(run, jax.tree.map(lambda a: a[0], stream))
+    outputs = jax.tree.map(lambda a: jnp.zeros((len(stream.x), *a.shape), a.dtype), shapes)
+    stats, (x, carry, finite) = lax.fori_loop(0, count, step, (stats, outputs))
     return StageResult(Stream(x, carry, stream.mask), stats, finite)
+
+
+@jax.jit
+def _finished(stats: InputStats | None) -> InputStats | None:
+    return None if stats is None else statistics.finish(stats)
 
 
 def _finite(x: Float[Array, "B T K"], mask: Bool[Array, "B T"] | None) -> Bool[Array, "B"]:

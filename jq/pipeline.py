@@ -3,15 +3,17 @@
 report = quantize_checkpoint("path/to/model", "path/to/out", default_recipe(), calibration)
 
 Memory holds one block, its statistics and the hidden states of the calibration set, whatever the
-model's depth: weights are read when a block's turn comes and are written when it is finished.
+model's depth: weights are read when a block's turn comes and are written when it is finished. A
+run that was stopped goes on with the first unfinished block, to the same bytes (`jq.journal`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,15 +21,17 @@ import jax.numpy as jnp
 
 from jq import tree
 from jq.api import compute_dtype
-from jq.calib.driver import QuantizedBlock, quantize_blocks
+from jq.calib.driver import quantize_blocks
 from jq.calib.report import BlockReport, LinearReport, ProgressCallback
 from jq.calib.tokens import CalibrationData
 from jq.checkpoint import CheckpointWriter, files, is_checkpoint
+from jq.checkpoint.manifest import library_versions
 from jq.errors import CalibrationError, CheckpointError, NonFiniteError, OutputError
 from jq.formats.export import ExportWriter
 from jq.formats.plan import ExportFormat, FormatOptions, Scheme, plan_of_recipe, schemes_for
 from jq.formats.shards import SHARD_BYTES
 from jq.interrupts import held_back
+from jq.journal import Journal, device_facts
 from jq.models import Decoder, HFCheckpoint, ModelConfig
 from jq.models.hf_names import weight_table
 from jq.preflight import check_recipe
@@ -41,11 +45,13 @@ class RunReport:
     path: the checkpoint it made.
     blocks: a report per block.
     seconds: from the first weight read to the folder in its place.
+    resumed: blocks that an earlier run had finished.
     """
 
     path: Path
     blocks: tuple[BlockReport, ...]
     seconds: float
+    resumed: int = 0
 
     @property
     def linears(self) -> tuple[LinearReport, ...]:
@@ -71,6 +77,7 @@ def quantize_checkpoint(
     batch_size: int = 1,
     offload: bool = False,
     overwrite: bool = False,
+    restart: bool = False,
     progress: ProgressCallback | None = None,
     meta: Mapping[str, Any] | None = None,
     target: Literal["orbax"] | ExportFormat = "orbax",
@@ -87,6 +94,8 @@ def quantize_checkpoint(
       batch_size: calibration samples on the device at a time where hidden states are offloaded.
       offload: keep the hidden states of the calibration set in host memory.
       overwrite: replace an existing folder that jaxq has made.
+      restart: forget what an unfinished run to `out` has done. Without it, finished blocks of an
+        equal run are taken over, and any other unfinished run is refused.
       progress: called after each group of linears.
       meta: further facts for the manifest, beside "model", "recipe" and "calibration".
       target: "orbax" makes a jaxq checkpoint; "gptq", "awq" and "compressed-tensors" make folders
@@ -94,44 +103,59 @@ def quantize_checkpoint(
       options, shard_bytes: of those folders, see `jq.formats.plan` and `jq.formats.shards`.
     Returns: a report, which also stands in the checkpoint.
     Raises: before anything is computed, what `check_run` raises, and CalibrationError for missing
-      or unfit calibration data; later NonFiniteError, and OutputError when the disk refuses.
+      or unfit calibration data, and OutputError where another run is unfinished; later
+      NonFiniteError, and OutputError when the disk refuses.
     """
     start = time.perf_counter()
     source = check_run(model_path, out, recipe, overwrite=overwrite, target=target, options=options)
     calibration = _fitting(calibration, recipe, source.config)
-    if target == "orbax":
-        opened = CheckpointWriter(out, config_files_from=model_path, overwrite=overwrite)
-    else:
-        opened = ExportWriter(
-            out,
-            target,
-            _schemes(recipe, source.config, target, options),
-            config_files_from=model_path,
-            shard_bytes=shard_bytes,
-            overwrite=overwrite,
-        )
-    with opened as writer:
-        model = Decoder(source.config, dtype=_write_outer(source, writer))
-        blocks = quantize_blocks(
-            model,
+    facts = {
+        "model": Path(model_path).resolve().name,
+        "recipe": recipe_json(recipe),
+        "calibration": None if calibration is None else _calibration_json(calibration),
+        **(meta or {}),
+    }
+    schemes = None if target == "orbax" else _schemes(recipe, source.config, target, options)
+    decisive = {
+        "files": _file_facts(source),
+        **facts,
+        "versions": library_versions(),
+        "device": device_facts(),
+    }
+    with Journal(out, decisive, source.block_names, restart=restart) as journal:
+        resumed = len(journal.done)
+        _quantize_blocks(
             source,
             recipe,
-            None if calibration is None else calibration.tokens,
-            mask=None if calibration is None else calibration.mask,
+            calibration,
+            journal,
             batch_size=batch_size,
             offload=offload,
             progress=progress,
         )
-        reports = _write_blocks(blocks, writer)
-        report = RunReport(writer.path, reports, 0.0)
-        facts = {
-            "model": Path(model_path).resolve().name,
-            "recipe": recipe_json(recipe),
-            "calibration": None if calibration is None else _calibration_json(calibration),
-            **(meta or {}),
-        }
-        with held_back():
-            writer.finish(facts, report.to_dict())
+        report = RunReport(journal.target, journal.reports, 0.0, resumed)
+        if schemes is None:
+            opened = CheckpointWriter(out, config_files_from=model_path, overwrite=overwrite)
+        else:
+            opened = ExportWriter(
+                out,
+                target,
+                schemes,
+                config_files_from=model_path,
+                shard_bytes=shard_bytes,
+                overwrite=overwrite,
+            )
+        with opened as writer:
+            for name, subtree in source.outer().items():
+                writer.write_part(name, subtree)
+            for name in journal.done:
+                if isinstance(writer, CheckpointWriter):
+                    writer.link_part(name, *journal.part(name))
+                else:
+                    writer.write_part(name, journal.load(name))
+            with held_back():
+                writer.finish(facts, report.to_dict())
+                journal.remove()
     return dataclasses.replace(report, seconds=time.perf_counter() - start)
 
 
@@ -204,26 +228,50 @@ def _schemes(
     return schemes_for(plan_of_recipe(recipe, _tensors(config)[0]), target, options)
 
 
-def _write_outer(source: HFCheckpoint, writer: CheckpointWriter | ExportWriter) -> Any:
-    """Write what is outside the blocks; returns the dtype to run the model in."""
+def _quantize_blocks(
+    source: HFCheckpoint,
+    recipe: Recipe,
+    calibration: CalibrationData | None,
+    journal: Journal,
+    **knobs: Any,
+) -> None:
+    """Quantize the blocks that the journal does not have yet."""
     outer = source.outer()
     for path, leaf in tree.leaves(outer):
         if not bool(jnp.all(jnp.isfinite(leaf))):
             raise NonFiniteError(f"{path}: the weight has NaN or infinite entries")
-    for name, subtree in outer.items():
-        writer.write_part(name, subtree)
-    return compute_dtype(outer["embed"]["embedding"].dtype)
-
-
-def _write_blocks(
-    blocks: Iterable[QuantizedBlock], writer: CheckpointWriter | ExportWriter
-) -> tuple[BlockReport, ...]:
-    reports = []
+    dtype = compute_dtype(outer["embed"]["embedding"].dtype)
+    del outer
+    blocks = quantize_blocks(
+        Decoder(source.config, dtype=dtype),
+        source,
+        recipe,
+        None if calibration is None else calibration.tokens,
+        mask=None if calibration is None else calibration.mask,
+        done=len(journal.done),
+        hidden=journal.hidden(),
+        **knobs,
+    )
     for block in blocks:
-        writer.write_part(block.name, block.params)
-        reports.append(block.report)
+        journal.commit(block)
         del block  # not to be held while the next one is made
-    return tuple(reports)
+
+
+def _file_facts(source: HFCheckpoint) -> dict[str, Any]:
+    """By which a run knows that the model is still the one it began with.
+
+    Weights are told by their file's header, size and time: reading all of a large model again
+    would take as long as many a run.
+    """
+    config = (source.path / "config.json").read_bytes()
+    facts: dict[str, Any] = {"config.json": hashlib.sha256(config).hexdigest()}
+    for file in source.files:
+        state = file.stat()
+        facts[file.name] = {"bytes": state.st_size, "modified_ns": state.st_mtime_ns}
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            facts[file.name]["header"] = hashlib.sha256(stream.read(length)).hexdigest()
+    return facts
 
 
 def _fitting(

@@ -33,3 +33,12 @@ def _promotion(request: pytest.FixtureRequest):
         return
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
+
+
+@pytest.fixture
+def fast_compiles():
+    """Programs that compile in half the time and run slower: tests run each but once."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

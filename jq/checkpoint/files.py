@@ -41,14 +41,15 @@ def building(target: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def locked(target: Path) -> Iterator[None]:
+def locked(target: Path, shown: Path | None = None) -> Iterator[None]:
     """Hold the lock of an output folder.
 
-    Raises OutputError when another process holds it, or when the place cannot be written.
+    Raises OutputError when another process holds it, or when the place cannot be written; it names
+    `shown`, or else the folder.
     """
-    path = target.with_name(f".{target.name}.lock")
+    path = target.with_name(f".{target.name.removeprefix('.')}.lock")
     with output_errors(path):
-        descriptor = _acquire(path, target)
+        descriptor = _acquire(path, shown or target)
     try:
         with output_errors(path):
             os.ftruncate(descriptor, 0)

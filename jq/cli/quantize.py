@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,7 +30,10 @@ The options below are those of the method: `jaxq quantize --method NAME --help` 
 `jaxq methods` lists the names."""
 
 # What may round the weights that AWQ or SmoothQuant has moved; AWQ's own is RTN with clipping.
-ROUNDINGS: dict[str, RTN | GPTQ] = {"rtn": RTN(), "gptq": GPTQ(act_group_aware=True)}
+ROUNDINGS: dict[str, RTN | GPTQ] = {
+    "rtn": RTN(),
+    "gptq": GPTQ(act_group_aware=True, clip="mse"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +81,7 @@ def run(arguments: Sequence[str]) -> int:
     shard_bytes = args.export.shard_bytes()
     source = check_run(folder, args.out, recipe, overwrite=args.overwrite, **target)
     calibration = _calibration(source, recipe, calibration_config, args)
-    with Meter("quantize") as meter:
+    with Meter("quantize") as meter, _told_how_to_go_on(args.out):
         report = quantize_checkpoint(
             folder,
             args.out,
@@ -86,16 +90,35 @@ def run(arguments: Sequence[str]) -> int:
             batch_size=calibration_config.batch_size,
             offload=calibration_config.offload,
             overwrite=args.overwrite,
+            restart=args.restart,
             progress=lambda step: meter.show(step.done, step.total, _step_text(step)),
             meta={"model": DEMO_NAME} if made_of_demo(folder) else None,
             shard_bytes=shard_bytes,
             **target,
         )
+    if report.resumed:
+        note(f"{report.resumed} of {len(report.blocks)} blocks were finished by an earlier run")
     for text in dict.fromkeys(text for linear in report.linears for text in linear.warnings):
         count = sum(text in linear.warnings for linear in report.linears)
         warn(f"{text} ({count} linears)")
     _summarize(report)
     return 0
+
+
+@contextlib.contextmanager
+def _told_how_to_go_on(out: Path) -> Iterator[None]:
+    """Say of a run that was stopped that it can go on, if it can."""
+    from jq.journal import journal_folder
+
+    try:
+        yield
+    except BaseException:
+        if journal_folder(out).exists():
+            note(
+                "finished blocks are kept: the same command goes on from there, --restart forgets "
+                "them"
+            )
+        raise
 
 
 def _parse(arguments: Sequence[str]) -> tuple[Any, Method]:
@@ -120,6 +143,7 @@ def _parse(arguments: Sequence[str]) -> tuple[Any, Method]:
         ("out", Annotated[Path, tyro.conf.arg(metavar="DIR", help="the folder to make")]),
         ("format", _format(), "orbax"),
         ("overwrite", _switch("replace an existing folder that jaxq has made"), False),
+        ("restart", _switch("forget what an unfinished run to DIR has done"), False),
         ("numbers", Numbers, chosen),
         *rounding,
         ("options", Annotated[options, tyro.conf.arg(name=type(base).__name__)], options()),

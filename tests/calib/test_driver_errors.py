@@ -44,11 +44,11 @@ def leaf(path):
 @contextlib.contextmanager
 def broken_update(monkeypatch, update):
     """Statistics that are updated by `update`; no program made with it survives."""
-    stages._run_whole.clear_cache()
+    stages._run_samples.clear_cache()
     monkeypatch.setattr(statistics, "update", update)
     yield
     monkeypatch.undo()
-    stages._run_whole.clear_cache()
+    stages._run_samples.clear_cache()
 
 
 def test_a_disconnected_hook_is_noticed(monkeypatch):

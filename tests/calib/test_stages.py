@@ -15,7 +15,11 @@ from tests.jq import problems
 pytestmark = pytest.mark.usefixtures("fast_compiles")
 
 SAMPLES, LENGTH, WIDTH = 4, 6, toy.WIDTH
-GAIN = {"gain": {"scale": jnp.full(WIDTH, 2.0)}}
+# The linear is there to tell how wide the statistics are.
+GAIN = {
+    "gain": {"scale": jnp.full(WIDTH, 2.0)},
+    "up": {"kernel": jnp.zeros((WIDTH, WIDTH)), "bias": jnp.zeros(WIDTH)},
+}
 
 
 def stream(mask=None, seed=0, scale=1.0):

@@ -1,0 +1,252 @@
+"""The journal of a run: finished blocks on disk, so that a run that was stopped can go on.
+
+It stands beside the output folder, in the hidden folder `.<name>.journal`:
+
+    run.json             what the run was made of; another run does not go on from here
+    blocks/<block>/      a finished block, as a part of a checkpoint
+    streams/<block>/     the hidden states that it leaves to the next one; only the last is kept
+    done/<block>.json    digests of both and the block's report, written when both are on the disk
+
+A block is finished when its file in `done` is there, which is renamed into place as a whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jq.calib.driver import QuantizedBlock
+from jq.calib.report import BlockReport, LinearReport
+from jq.checkpoint import files as fs
+from jq.checkpoint.format import PartEntry
+from jq.checkpoint.manifest import encode_json, parse_part, part_json
+from jq.checkpoint.part_writer import save_part
+from jq.checkpoint.reader import part_tree, read_part
+from jq.errors import CheckpointError, JaxqError, OutputError
+from jq.interrupts import held_back
+
+_RUN = "run.json"
+_BLOCKS, _STREAMS, _DONE = "blocks", "streams", "done"
+
+
+def journal_folder(target: str | os.PathLike[str]) -> Path:
+    """Where the journal of a run to `target` stands, if there is one."""
+    path = Path(os.path.realpath(target))
+    return path.with_name(f".{path.name}.journal")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Done:
+    """A finished block: its part, that of the hidden states it left (or None), its report."""
+
+    part: PartEntry
+    stream: PartEntry | None
+    report: BlockReport
+
+
+class Journal:
+    """Where a run keeps its finished blocks.
+
+        with Journal(out, facts, model.block_names) as journal:
+            for block in quantize_blocks(..., done=len(journal.done), hidden=journal.hidden()):
+                journal.commit(block)
+            ...                                   # make the output of journal.part(name)
+            journal.remove()
+
+    Left by an exception it stays, if any block is finished and the same run could come further
+    another time: what a signal, a full disk or a lack of memory stopped. Errors in what the user
+    gave would come again, and leave nothing.
+
+    Args:
+      target: the output folder of the run.
+      facts: everything that decides about the output, as JSON values.
+      block_names: of the model, in order.
+      restart: forget an unfinished run.
+    """
+
+    def __init__(
+        self,
+        target: str | os.PathLike[str],
+        facts: Mapping[str, Any],
+        block_names: Sequence[str],
+        *,
+        restart: bool = False,
+    ) -> None:
+        self.target = Path(os.path.realpath(target))
+        self.folder = journal_folder(target)
+        self._facts, self._names, self._restart = facts, tuple(block_names), restart
+        self._done: dict[str, _Done] = {}
+        self._scope = contextlib.ExitStack()
+
+    def __enter__(self) -> Journal:
+        """Take the journal's lock, and take over what an equal run has finished.
+
+        Raises: OutputError when another process is at it, when the disk refuses, and when an
+        unfinished run of other facts is there; CheckpointError when the journal is damaged.
+        """
+        with fs.output_errors(self.folder):
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+        with self._scope as scope:
+            scope.enter_context(fs.locked(self.folder, self.target))
+            if self._restart:
+                self.remove()
+            self._open()
+            self._scope = scope.pop_all()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        hopeless = isinstance(error, JaxqError) and not isinstance(error, OutputError)
+        if hopeless or not self._done:
+            self.remove()
+        self._scope.close()
+
+    @property
+    def done(self) -> tuple[str, ...]:
+        """Names of the finished blocks, in order."""
+        return tuple(self._done)
+
+    @property
+    def reports(self) -> tuple[BlockReport, ...]:
+        """Reports of the finished blocks."""
+        return tuple(entry.report for entry in self._done.values())
+
+    def commit(self, block: QuantizedBlock) -> None:
+        """Write a block and what it leaves to the next; signals wait until it is finished."""
+        before = self.done[-1:]
+        with held_back():
+            part = save_part(self.folder / _BLOCKS / block.name, block.name, block.params)
+            stream = None
+            if block.hidden is not None:
+                tree = {"x": block.hidden}
+                stream = save_part(self.folder / _STREAMS / block.name, "hidden", tree)
+            entry = _Done(part, stream, block.report)
+            node = {
+                "part": part_json(part),
+                "stream": None if stream is None else part_json(stream),
+                "report": block.report.to_dict(),
+            }
+            file = self.folder / _DONE / f"{block.name}.json"
+            fs.write_synced(file, encode_json(node, file.name))
+            self._done[block.name] = entry
+            for name in before:
+                shutil.rmtree(self.folder / _STREAMS / name, ignore_errors=True)
+
+    def hidden(self) -> np.ndarray | None:
+        """The hidden states [samples, T, D] that the last finished block left; None without any.
+
+        Raises CheckpointError when they are damaged.
+        """
+        if not self._done:
+            return None
+        name, entry = list(self._done.items())[-1]
+        if entry.stream is None:
+            return None
+        folder = self.folder / _STREAMS / name
+        with self._damage():
+            return read_part(folder, "hidden", entry.stream, verify=True)["hidden/x"]
+
+    def part(self, name: str) -> tuple[Path, PartEntry]:
+        """Folder and contents of a finished block, for `CheckpointWriter.link_part`."""
+        return self.folder / _BLOCKS / name, self._done[name].part
+
+    def load(self, name: str) -> Any:
+        """The parameters of a finished block, verified."""
+        folder, part = self.part(name)
+        return part_tree(name, part, read_part(folder, name, part, verify=True))
+
+    def remove(self) -> None:
+        """Forget everything."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._done = {}
+
+    def _open(self) -> None:
+        file = self.folder / _RUN
+        facts = _flat("", json.loads(encode_json(self._facts, _RUN)))
+        if file.is_file():
+            with self._damage():
+                self._compare(_flat("", json.loads(file.read_bytes())), facts)
+                self._read_done()
+            return
+        # What has no run.json was never begun, or was being removed.
+        with fs.output_errors(self.folder):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            for name in (_BLOCKS, _STREAMS, _DONE):
+                (self.folder / name).mkdir(parents=True)
+            fs.write_synced(file, encode_json(self._facts, _RUN))
+
+    def _compare(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        for key in sorted(before.keys() | now.keys()):
+            old, new = before.get(key, "absent"), now.get(key, "absent")
+            if old != new:
+                raise OutputError(
+                    f"{self.target}: an unfinished run is there, and {key} was {old!r} and now is "
+                    f"{new!r}: repeat that run to finish it, or start over (restart)"
+                )
+
+    def _read_done(self) -> None:
+        for name in self._names:
+            file = self.folder / _DONE / f"{name}.json"
+            if not file.is_file():
+                break
+            node = json.loads(file.read_bytes())
+            stream = node["stream"]
+            part = parse_part(name, node["part"], str(file))
+            # Now, rather than when the output is read one day.
+            read_part(self.folder / _BLOCKS / name, name, part, verify=True)
+            self._done[name] = _Done(
+                part,
+                None if stream is None else parse_part("hidden", stream, str(file)),
+                _report(node["report"]),
+            )
+
+    @contextlib.contextmanager
+    def _damage(self) -> Iterator[None]:
+        """Say of damaged files whose they are, and what to do about it."""
+        try:
+            yield
+        except (CheckpointError, ValueError, TypeError, KeyError) as error:
+            if isinstance(error, OutputError):
+                raise
+            raise CheckpointError(
+                f"{self.folder}: the journal of an unfinished run is damaged ({error}); "
+                "start over (restart)"
+            ) from error
+
+
+def _report(node: Mapping[str, Any]) -> BlockReport:
+    linears = [
+        LinearReport(**{**linear, "warnings": tuple(linear["warnings"])})
+        for linear in node["linears"]
+    ]
+    return BlockReport(node["name"], tuple(linears), node["seconds"])
+
+
+def _flat(prefix: str, node: Any) -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; lists count as mappings from their indices."""
+    if isinstance(node, list):
+        node = dict(enumerate(node))
+    if not isinstance(node, dict):
+        return {prefix: node}
+    found: dict[str, Any] = {}
+    for key, value in node.items():
+        found |= _flat(f"{prefix}.{key}" if prefix else str(key), value)
+    return found
+
+
+def device_facts() -> dict[str, Any]:
+    """What the codes may depend on beside model, data and recipe: where they are computed."""
+    device = jax.devices()[0]
+    return {
+        "platform": device.platform,
+        "kind": device.device_kind,
+        "matmul_precision": jax.config.jax_default_matmul_precision,
+    }
