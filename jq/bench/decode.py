@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jq.bench.result import BatchTiming, BenchResult, Device, Latency
+from jq.bench.timing import Clock
 from jq.errors import ModelError
 from jq.models import stream
 from jq.models.generation import bucket
 
-Clock = Callable[[], float]
 Progress = Callable[[int, int, str], None]
 
 

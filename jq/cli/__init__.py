@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": "continue prompts",
     "inspect": "list a checkpoint's tensors, their sizes and errors",
     "methods": "list the methods that quantize knows",
+    "bench": "time prefill, decode and each linear, against what the device can do",
     "advise": "say which method suits a model, a GPU and a goal, and what fits",
 }
 
