@@ -254,13 +254,15 @@ def _calibration(args: Any, folder: Path, arms: Sequence[Any], context: int) -> 
     from jq.models import HFCheckpoint
 
     options = args.calibration
-    if not any(arm.calibrated for arm in arms):
-        return None
     if options.calib_dataset is None and not made_of_demo(folder):
+        learning = [arm.name for arm in arms if arm.calibrated]
+        if not learning:
+            return None
         raise CalibrationError(
-            "some methods learn from calibration text: give --calib-dataset with a .txt, .jsonl or "
-            ".npy file, or wikitext2, c4 or pile, which are downloaded"
+            f"{', '.join(learning)} learn from calibration text: give --calib-dataset with a .txt, "
+            ".jsonl or .npy file, or wikitext2, c4 or pile, which are downloaded"
         )
+    # Read even if no method learns: it is part of the spec, and methods that do may join later.
     dataset = options.calib_dataset or str(demo_text("calibration.txt"))
     config = rebuild(CalibrationConfig(), dataclasses.replace(options, calib_dataset=dataset))
     if config.calib_seqlen > context:

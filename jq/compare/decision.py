@@ -213,29 +213,27 @@ class _Decider:
         lowest = min(_cost(j) for j in allowed)
         near = [j for j in allowed if _cost(j) <= lowest * (1 + TOLERANCE)]
         now = next((j for j in near if j.arm == self.current), None)
-        chosen, ties = self._best(near)
-        if now is not None and (now in ties or now is chosen):
+        chosen, equals = self._best(near)
+        if now is not None and now in equals:
             verdict = f"No change: keep {now.arm}."
-            chosen, ties = now, [j for j in ties if j is not now]
+            chosen = now
         else:
             verdict = f"Take {chosen.arm}: {self._gain(chosen)}."
         reasons = [self._loss(chosen)] if chosen.arm != ORIGINAL else []
         if len(near) > 1:
             others = _list([j.arm for j in near if j is not chosen])
             reasons.append(f"{others} cost the same within {TOLERANCE:.0%}.")
-        if ties:
-            names = _list([j.arm for j in ties])
+        if len(equals) > 1:
+            names = _list([j.arm for j in equals if j is not chosen])
             reasons.append(f"Its perplexity cannot be told from that of {names}.")
         reasons += [_open(j) for j in self.judged if j.standing == "open"]
         return Decision(chosen.arm, verdict, self._bound(near), tuple(reasons), self.judged)
 
     def _best(self, near: Sequence[Judged]) -> tuple[Judged, list[Judged]]:
-        """The arm of the best quality, and those whose perplexity cannot be told from the best's,
-        the chosen one left out."""
+        """The arm to prefer, among those whose perplexity cannot be told from the smallest one."""
         first = min(near, key=lambda j: j.increase.value)
-        ties = [j for j in near if j is first or self._difference(j, first).noise]
-        chosen = min(ties, key=lambda j: _kl(self.comparison.find(j.arm)))
-        return chosen, [j for j in ties if j is not chosen]
+        equals = [j for j in near if j is first or self._difference(j, first).noise]
+        return min(equals, key=lambda j: _kl(self.comparison.find(j.arm))), equals
 
     def _difference(self, a: Judged, b: Judged) -> Interval:
         find = self.comparison.find

@@ -119,8 +119,9 @@ class Store:
             "arm_hash": arm.hash(self.hash),
             **result,
         }
-        write_json(self.folder / "arms" / f"{arm.name}.{ending}", whole)
-        return whole
+        file = self.folder / "arms" / f"{arm.name}.{ending}"
+        write_json(file, whole)
+        return _read(file)  # as a later run will find it
 
 
 def load_tokens(folder: Path) -> dict[str, np.ndarray]:

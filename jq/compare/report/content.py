@@ -86,7 +86,7 @@ def _setting(spec: Mapping[str, Any]) -> str:
         f"{'symmetric' if numbers['symmetric'] else 'with zero points'}."
     )
     calibration = spec["calibration"]
-    if calibration:
+    if calibration and {"samples", "seq_len", "source"} <= set(calibration):
         text += (
             f" Calibration: {calibration['samples']} samples of {calibration['seq_len']} tokens of "
             f"{calibration['source']}."

@@ -45,7 +45,7 @@ def figures(comparison: Comparison) -> list[Figure]:
                 comparison,
                 f"Quality against speed, batch size {batch}",
                 "decode, tokens per second",
-                {name: row[key] for name, row in rows.items()},
+                {name: row[key] for name, row in rows.items() if row.get(key) is not None},
                 f"Further down and to the right is better. {_BARS}",
             )
         )
