@@ -10,7 +10,10 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import ShapedArray
 from jax.extend import backend
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 
 from jq.errors import SpecError
 from jq.packing import packed_size
@@ -218,7 +221,8 @@ def _batched(x: jax.Array, w: W4Weight) -> jax.Array:
     # prepared for devices that the kernel is for.
     if x.dtype != jnp.dtype(w.dtype) or supported(w, rows, capability or HOPPER) is not None:
         return _reference(x, w)
-    return jax.lax.platform_dependent(x, w, cuda=w4a16, default=_reference)
+    leaves, structure = jax.tree.flatten(w)
+    return w4a16_p.bind(x, *leaves, structure=structure)
 
 
 @_batched.def_vmap
@@ -243,6 +247,39 @@ def _reference(x: jax.Array, w: W4Weight) -> jax.Array:
     if x.dtype == jnp.dtype(w.dtype):
         return w4a16_reference(x, w)
     return reference.weight_only(x, dequantize(w))
+
+
+# The kernel for CUDA and XLA for the rest, decided when a program is lowered: an operation of its
+# own, so that no other platform ever traces a kernel.
+w4a16_p = Primitive("w4a16")
+
+
+@w4a16_p.def_abstract_eval
+def _(x, *leaves, structure):
+    return ShapedArray((*x.shape[:-1], jax.tree.unflatten(structure, leaves).n), x.dtype)
+
+
+@w4a16_p.def_impl
+def _(x, *leaves, structure):
+    """Without compilation (`jax.disable_jit`): XLA's."""
+    return _reference(x, jax.tree.unflatten(structure, leaves))
+
+
+def _lowering(product):
+    def flat(x, *leaves, structure):
+        return product(x, jax.tree.unflatten(structure, leaves))
+
+    return mlir.lower_fun(flat, multiple_results=False)
+
+
+def _lower_for_cuda(ctx, *args, **params):
+    """Kernels are lowered for one platform: in a program for several, this branch is for one."""
+    module = ctx.module_context.replace(platforms=("cuda",))
+    return _lowering(w4a16)(ctx.replace(module_context=module), *args, **params)
+
+
+mlir.register_lowering(w4a16_p, _lowering(_reference))
+mlir.register_lowering(w4a16_p, _lower_for_cuda, platform="cuda")
 
 
 # 8-bit activations

@@ -32,7 +32,7 @@ SECTIONS = (
     Section("ceilings", "scripts.gpu.ceilings", 3, 60),
     Section("correctness", "scripts.gpu.correctness", 20, 75, workers=4),
     Section("benchmark", "scripts.gpu.benchmark", 28, 75),
-    Section("decode", "scripts.gpu.decode", 18, 150),
+    Section("decode", "scripts.gpu.decode", 26, 240),
     Section("tune", "scripts.gpu.tune", 24, 60),
     Section("refine", "scripts.gpu.refine", 6, 60),
     Section("marlin", "scripts.gpu.marlin", 8, 240),

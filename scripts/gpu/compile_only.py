@@ -24,7 +24,12 @@ from scripts.gpu.problems import Problem, config_json, config_of, device_weight,
 
 # What the compiler wants to know of an H200.
 _TARGET = """gpu_device_info {
-  threads_per_warp: 32 core_count: 132 device_memory_size: 85899345920
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448 registers_per_core_limit: 65536
+  registers_per_block_limit: 65536 core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  memory_bandwidth: 4800000000000 l2_cache_size: 62914560 device_memory_size: 150000000000
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
 }"""
 

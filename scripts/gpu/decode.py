@@ -24,6 +24,7 @@ from jq.prepare import prepare
 from jq.prepared import PreparedTensor
 from jq.qtensor import from_codes
 from jq.spec import QuantSpec
+from scripts.gpu import timing
 from scripts.gpu.problems import Problem, random_parts, seed
 
 BATCHES = (1, 8, 16, 32)
@@ -45,10 +46,10 @@ _loaded: dict[str, tuple[Any, float]] = {}
 
 
 def items(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The quantized model first, then the same in bfloat16, which the ratio needs; batches; the
-    quantized model as XLA runs it."""
-    wanted = [("w4", "loop", 1), ("w4", "generate", 1), ("w4", "loop", 16)]
-    wanted += [("bf16", "loop", 1), ("bf16", "generate", 1), ("bf16", "loop", 16)]
+    """Both models with one sequence, as the ratio needs; then batches; the quantized model as XLA
+    runs it."""
+    wanted = [(kind, "loop", b) for b in (1, 16) for kind in ("w4", "bf16")]
+    wanted += [(kind, "generate", 1) for kind in ("w4", "bf16")]
     wanted += [(kind, "loop", b) for kind in ("w4", "bf16") for b in BATCHES]
     wanted += [("dequantize", "loop", 1)]
     return [
@@ -58,19 +59,20 @@ def items(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def run(item: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Make the model, unless the last item had it, and time it."""
+    """Make the model, unless an item before had it, and time it."""
     config = LLAMA_3_8B
     params, seconds = _model(config, item["kind"])
     model = Decoder(config, dtype=jnp.bfloat16)
-    time_it = loop if item["way"] == "loop" else by_generate
-    told = time_it(model, params, item["batch"])
+    if item["way"] == "loop":
+        told = loop(model, params, item["batch"], timer=facts.get("timer", "wall"))
+    else:
+        told = by_generate(model, params, item["batch"])
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     return {**told, **item, "bytes": size, "making_s": round(seconds, 2)}
 
 
 def _model(config: ModelConfig, kind: str) -> tuple[Any, float]:
     if kind not in _loaded:
-        _loaded.clear()  # one model at a time
         start = time.perf_counter()
         params = jax.block_until_ready(parameters(config, kind))
         _loaded[kind] = (params, time.perf_counter() - start)
@@ -113,10 +115,12 @@ def _quantized(p: Problem, spec: QuantSpec, key: jax.Array) -> Any:
     return from_codes(codes, scale, zero, spec)
 
 
-def loop(model: Decoder, params: Any, batch: int, steps: int = STEPS) -> dict[str, Any]:
-    """Greedy steps on a cache, all in one program; milliseconds per step."""
+def loop(
+    model: Decoder, params: Any, batch: int, steps: int = STEPS, timer: str = "wall"
+) -> dict[str, Any]:
+    """Greedy steps on a cache, all in one program; milliseconds per step, and what they go to."""
 
-    @functools.partial(jax.jit, donate_argnums=2)
+    @jax.jit  # the cache is not donated, so that one serves every call
     def run(params, token, cache):
         def step(carry, _):
             token, cache = carry
@@ -129,27 +133,31 @@ def loop(model: Decoder, params: Any, batch: int, steps: int = STEPS) -> dict[st
         return token, cache, tops
 
     token = jnp.arange(1, batch + 1, dtype=jnp.int32)
+    cache = init_cache(model.config, batch, CAPACITY, model.dtype)
     start = time.perf_counter()
-    program = run.lower(params, token, _cache(model, batch)).compile()
+    program = run.lower(params, token, cache).compile()
     compiled = time.perf_counter() - start
     times, finite = [], True
-    for _ in range(4):
-        cache = jax.block_until_ready(_cache(model, batch))
+    for _ in range(6):
         start = time.perf_counter()
         out = jax.block_until_ready(program(params, token, cache))
         times.append(1e3 * (time.perf_counter() - start) / steps)
         finite = finite and bool(jnp.isfinite(out[2]).all())
     step_ms = statistics.median(times[1:])
-    return {
+    told = {
         "step_ms": step_ms,
         "tokens_per_s": 1e3 * batch / step_ms,
         "compile_s": round(compiled, 1),
         "finite": finite,
     }
-
-
-def _cache(model: Decoder, batch: int) -> Any:
-    return init_cache(model.config, batch, CAPACITY, model.dtype)
+    if timer == "cupti":
+        try:
+            calls = timing.cupti_calls(program, (params, token, cache), 2)
+            busy = sum(us for _, us in calls[0]) / steps / 1e3
+            told |= {"busy_ms": busy, "kernels": timing.by_kernel(calls, steps)}
+        except Exception as error:  # the times above stand without it
+            told["profile_error"] = f"{type(error).__name__}: {error}"[:300]
+    return told
 
 
 def by_generate(model: Decoder, params: Any, batch: int, steps: int = STEPS) -> dict[str, Any]:
@@ -164,8 +172,8 @@ def by_generate(model: Decoder, params: Any, batch: int, steps: int = STEPS) -> 
 
     first = seconds(steps)
     # Both lengths need the same capacity of the cache, and so the same programs.
-    short = statistics.median(seconds(4) for _ in range(3)) if seconds(4) else 0.0
-    long = statistics.median(seconds(steps) for _ in range(3))
+    short = statistics.median([seconds(4) for _ in range(4)][1:])
+    long = statistics.median([seconds(steps) for _ in range(3)])
     step_ms = 1e3 * (long - short) / (steps - 4)
     return {
         "step_ms": step_ms,

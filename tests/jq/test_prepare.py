@@ -257,6 +257,16 @@ def test_export_for_both_platforms_from_here(kind):
     x = inputs(16)
     y = jax.jit(program.call)(x)
     assert problems.relative_error(y, expected(x, weight(n=128))) < BF16
+    assert ("mosaic" in program.mlir_module()) == (kind == "prepared")
+
+
+def test_kernels_are_not_traced_where_they_do_not_run(monkeypatch):
+    """A CPU's programs cost no more to make than XLA's."""
+    monkeypatch.setattr("jq.matmul.w4a16", lambda x, w: 1 / 0)
+    jax.jit(lambda x, w: qmatmul(x, w)).lower(inputs(7), prepared()).compile()
+    with jax.disable_jit():
+        y = qmatmul(inputs(), prepared())
+    assert problems.relative_error(y, expected(inputs(), weight())) < BF16
 
 
 def test_formats_of_other_things_are_explained():
