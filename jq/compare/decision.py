@@ -23,6 +23,8 @@ Objective = Literal["decode", "prefill", "size"]
 Standing = Literal["within", "over", "open"]
 # Costs that differ by less are taken to be equal: timings of one program differ by that much.
 TOLERANCE = 0.05
+# Percentile intervals of so many windows are a tenth too narrow, of fewer more.
+FEW_WINDOWS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,6 +229,12 @@ class _Decider:
             names = _list([j.arm for j in equals if j is not chosen])
             reasons.append(f"Its perplexity cannot be told from that of {names}.")
         reasons += [_open(j) for j in self.judged if j.standing == "open"]
+        windows = self.comparison.spec["evaluation"]["windows"]
+        if windows < FEW_WINDOWS:
+            reasons.append(
+                f"{windows} windows are few: intervals of so few come out too narrow; measure on "
+                f"{FEW_WINDOWS} or more (max_windows)."
+            )
         return Decision(chosen.arm, verdict, self._bound(near), tuple(reasons), self.judged)
 
     def _best(self, near: Sequence[Judged]) -> tuple[Judged, list[Judged]]:

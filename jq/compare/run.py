@@ -145,7 +145,12 @@ def _check(plan: Plan) -> None:
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise SpecError(f"arms of one name: {', '.join(sorted(twice))}")
-    HFCheckpoint(plan.model)
+    context = HFCheckpoint(plan.model).config.max_position_embeddings
+    if plan.timing is not None and plan.timing.prompt_tokens + 2 > context:
+        raise SpecError(
+            f"prompt_tokens {plan.timing.prompt_tokens} leaves no room to decode in the model's "
+            f"context of {context}; give {context - 2} or less"
+        )
     for arm in plan.arms[1:]:
         check_run(plan.model, plan.out / "arms" / arm.name, arm.recipe, overwrite=True)
         if arm.calibrated and plan.calibration is None:

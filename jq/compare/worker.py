@@ -19,6 +19,7 @@ from typing import Any
 
 from jq.compare.stages import Job, StageProgress
 
+_CODE = "import sys; from jq.compare.worker import main; sys.exit(main())"
 _PATIENCE = 20.0  # seconds a child may take to clean up after SIGTERM
 
 
@@ -29,7 +30,7 @@ class ArmError(Exception):
 def run_apart(job: Job, log: Path, progress: StageProgress) -> dict[str, Any]:
     """Run a stage in a fresh process, and give what it gives.
 
-    log: file that the child's stderr is appended to.
+    log: file that the child's stderr is appended to; removed while there is none.
     Raises: ArmError with the child's error, or with the signal that ended it.
     """
     return _ask(job, log, progress)
@@ -63,6 +64,8 @@ def _ask(job: Job | None, log: Path, progress: StageProgress) -> dict[str, Any]:
             else:
                 answer = message
         code = child.wait()
+    if not log.stat().st_size:
+        log.unlink()
     if answer is None:
         raise ArmError(_ending(code, log))
     if "error" in answer:
@@ -75,7 +78,7 @@ def _child(errors: Any) -> Iterator[subprocess.Popen]:
     """The process; it is gone when the block is left, whatever happens."""
     paths = [path for path in sys.path if path]
     child = subprocess.Popen(
-        [sys.executable, "-P", "-m", "jq.compare.worker"],
+        [sys.executable, "-P", "-c", _CODE],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=errors,
@@ -102,10 +105,14 @@ def _end(child: subprocess.Popen) -> None:
 
 def _ending(code: int, log: Path) -> str:
     if code == -signal.SIGKILL:
-        return f"the process was killed, most likely for want of memory; see {log.name}"
+        return f"the process was killed, most likely for want of memory; {_see(log)}"
     if code < 0:
-        return f"the process died of {signal.Signals(-code).name}; see {log.name}"
-    return f"the process ended with code {code} and no result; see {log.name}"
+        return f"the process died of {signal.Signals(-code).name}; {_see(log)}"
+    return f"the process ended with code {code} and no result; {_see(log)}"
+
+
+def _see(log: Path) -> str:
+    return f"see {log.name}" if log.exists() else "it said nothing"
 
 
 def main() -> int:
@@ -138,7 +145,3 @@ def _answer(job: Job | None, progress: StageProgress) -> dict[str, Any]:
     from jq.compare.stages import run_stage
 
     return run_stage(job, progress)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -36,7 +36,8 @@ def figures(comparison: Comparison) -> list[Figure]:
             "weights of the whole model, MB",
             {name: row["weight_bytes"] / 1e6 for name, row in rows.items()},
             f"Further down and to the left is better. {_BARS}",
-        )
+        ),
+        _divergence(comparison),
     ]
     for batch in (comparison.spec.get("timing") or {}).get("batch_sizes", ()):
         key = f"decode_tokens_per_second_batch{batch}"
@@ -89,6 +90,31 @@ def _against(
         return Figure(title, "", caption)
     svg = scatter(points, xlabel=xlabel, ylabel="perplexity per token", line=line, title=title)
     return Figure(title, svg, caption)
+
+
+def _divergence(comparison: Comparison) -> Figure:
+    """KL against size, which tells arms apart that perplexity does not."""
+    points = []
+    for row in comparison.rows():
+        kl, error = row.get("kl_nats"), row.get("kl_nats_stderr") or 0.0
+        if not kl or kl <= 0:
+            continue
+        arm = comparison.find(row["arm"]).arm
+        colour, shape = _colour(comparison, arm.name), _SHAPES.get(arm.family, 5)
+        size = row["weight_bytes"] / 1e6
+        tip = f"{arm.name}: {1e3 * kl:.4g} mnat per token, {size:.5g} MB"
+        points.append(Point(arm.name, size, 1e3 * kl, 1e3 * error, colour, shape, tip))
+    title, caption = "Divergence against size", "Bars: one standard error over windows."
+    if not points:
+        return Figure(title, "", caption)
+    svg = scatter(
+        points,
+        xlabel="weights of the whole model, MB",
+        ylabel="KL from the original, mnat per token",
+        title=title,
+        log=True,
+    )
+    return Figure(title, svg, f"Further down and to the left is better. {caption}")
 
 
 def _along(

@@ -69,6 +69,13 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [step * i for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten within [low, high], both positive."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    found = [m * 10.0**power for power in powers for m in (1, 2, 5)]
+    return [value for value in found if low <= value <= high]
+
+
 def scatter(
     points: Sequence[Point],
     *,
@@ -76,23 +83,33 @@ def scatter(
     ylabel: str,
     line: tuple[float, str] | None = None,
     title: str,
+    log: bool = False,
 ) -> str:
-    """Marks with labels and bars of one standard error; `line` is a horizontal one, labelled."""
-    ys = [y for p in points for y in (p.y - p.error, p.y + p.error)]
+    """Marks with labels and bars of one standard error; `line` is a horizontal one, labelled.
+
+    log: a logarithmic y, for which all values are positive.
+    """
+    lows = [max(p.y - p.error, p.y / 2) if log else p.y - p.error for p in points]
+    ys = [*lows, *(p.y + p.error for p in points), *([line[0]] if line else [])]
     x = Scale(*_padded([p.x for p in points], 0.08), _LEFT, WIDTH - _RIGHT)
-    y = Scale(*_padded(ys + ([line[0]] if line else []), 0.08), HEIGHT - _BOTTOM, _TOP)
+    low, high = (min(ys) / 1.5, max(ys) * 1.5) if log else _padded(ys, 0.08)
+    y = Scale(low, high, HEIGHT - _BOTTOM, _TOP, log)
     parts = _axes(x, y, xlabel, ylabel, ticks(x.low, x.high, 6))
     places = _side_by_side([x(p.x) for p in points])
     marks = list(zip(points, places, [y(p.y) for p in points], strict=True))
     taken = [_box(px - 6, py - 6, 12, 12) for _, px, py in marks]
     if line is not None:
+        width, height = _CHAR * len(line[1]), y(line[0])
+        starts = [_LEFT + 6 + i * (WIDTH - _RIGHT - _LEFT - 12 - width) / 8 for i in range(9)]
+        boxes = [_box(start, height - 18, width, 20) for start in starts]
+        box = max(boxes, key=lambda b: min((_distance(b, t) for t in taken), default=0.0))
         parts.append(
-            f'<path d="M{_LEFT} {y(line[0]):.1f}H{WIDTH - _RIGHT}" class="base"/>'
-            + _text(_LEFT + 6, y(line[0]) - 5, line[1], "start", "soft")
+            f'<path d="M{_LEFT} {height:.1f}H{WIDTH - _RIGHT}" class="base"/>'
+            + _text(box[0], height - 5, line[1], "start", "soft")
         )
-        taken.append(_box(_LEFT, y(line[0]) - 18, 6 + _CHAR * len(line[1]), 20))
-    for p, px, py in marks:
-        parts.append(_mark(px, py, y(p.y - p.error) - py, p))
+        taken.append(box)
+    for (p, px, py), bottom in zip(marks, lows, strict=True):
+        parts.append(_mark(px, py, y(bottom), y(p.y + p.error), p))
     for p, px, py in marks:
         parts.append(_label(p, px, py, taken))
     return _svg(parts, title)
@@ -176,7 +193,7 @@ def _padded(values: Sequence[float], share: float) -> tuple[float, float]:
 
 def _axes(x: Scale, y: Scale, xlabel: str, ylabel: str, xticks: Sequence[float]) -> list[str]:
     parts = []
-    for value in ticks(y.low, y.high, 6):
+    for value in log_ticks(y.low, y.high) if y.log else ticks(y.low, y.high, 6):
         place = y(value)
         parts.append(f'<path d="M{_LEFT} {place:.1f}H{WIDTH - _RIGHT}" class="grid"/>')
         parts.append(_text(_LEFT - 7, place + 4, f"{value:.6g}", "end", "soft"))
@@ -194,7 +211,7 @@ def _axes(x: Scale, y: Scale, xlabel: str, ylabel: str, xticks: Sequence[float])
     return parts
 
 
-def _mark(x: float, y: float, half: float, point: Point) -> str:
+def _mark(x: float, y: float, bottom: float, top: float, point: Point) -> str:
     shapes = (
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5"/>',
         f'<rect x="{x - 4.5:.1f}" y="{y - 4.5:.1f}" width="9" height="9"/>',
@@ -203,8 +220,8 @@ def _mark(x: float, y: float, half: float, point: Point) -> str:
         f'<path d="M{x:.1f} {y + 6:.1f}l6 -10h-12z"/>',
     )
     colour = _colour(point.colour)
-    bar = f"M{x:.1f} {y - half:.1f}V{y + half:.1f}"
-    caps = f"M{x - 3:.1f} {y - half:.1f}h6M{x - 3:.1f} {y + half:.1f}h6"
+    bar = f"M{x:.1f} {bottom:.1f}V{top:.1f}"
+    caps = f"M{x - 3:.1f} {bottom:.1f}h6M{x - 3:.1f} {top:.1f}h6"
     return (
         f'<g fill="{colour}" stroke="{colour}"><title>{escape(point.tip)}</title>'
         f'<path d="{bar}{caps}" fill="none"/>{shapes[point.shape % len(shapes)]}</g>'
@@ -242,6 +259,11 @@ def _label(point: Point, x: float, y: float, taken: list[Box]) -> str:
         return text
     leader = f'<path d="M{x:.1f} {y:.1f}L{near_x:.1f} {near_y:.1f}" class="leader"/>'
     return leader + text
+
+
+def _distance(a: Box, b: Box) -> float:
+    across = max(a[0] - b[2], b[0] - a[2], 0.0)
+    return math.hypot(across, max(a[1] - b[3], b[1] - a[3], 0.0))
 
 
 def _overlap(a: Box, b: Box) -> bool:

@@ -1,5 +1,6 @@
 """Which arm is taken, on comparisons made of numbers."""
 
+import dataclasses
 import json
 import math
 
@@ -105,6 +106,14 @@ def test_a_limit_counts_in_perplexity():
 def test_what_is_no_budget_is_refused(text):
     with pytest.raises(SpecError, match="max_ppl_increase"):
         Budget.parse(text)
+
+
+def test_few_windows_are_warned_of():
+    assert not any("are few" in r for r in decided(rtn=done(ms=5)).reasons)
+    few = comparison(original(windows=6), rtn=done(ms=5, windows=6))
+    spec = {**few.spec, "evaluation": {**few.spec["evaluation"], "windows": 6}}
+    found = decide(dataclasses.replace(few, spec=spec), ONE_PERCENT)
+    assert any(r.startswith("6 windows are few") for r in found.reasons)
 
 
 def test_tasks_have_a_budget_of_their_own():

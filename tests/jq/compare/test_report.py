@@ -15,7 +15,7 @@ import pytest
 
 from jq.compare.decision import Budget, decide
 from jq.compare.report import csv_text, summary_table, write_reports
-from jq.compare.report.svg import Line, Point, lines, scatter, ticks
+from jq.compare.report.svg import Line, Point, lines, log_ticks, scatter, ticks
 from jq.compare.report.tables import length_table, position_table, speed_table
 from tests.jq.compare.made_up import EDGES, base_nll, comparison, done, failed
 
@@ -161,12 +161,12 @@ def svgs(text):
 def test_plots_are_whole_and_show_every_arm(folder):
     text = (folder / "report.html").read_text()
     found = svgs(text)
-    # Size, speed at two batch sizes, length, position; the scale and maps of three arms.
-    assert len(found) == 5 + 1 + 3
-    for plot in found[:5]:
+    # Size, divergence, speed at two batch sizes, length, position; the scale and three maps.
+    assert len(found) == 6 + 1 + 3
+    for plot in found[:6]:
         labels = {t.text for t in plot.iter("{http://www.w3.org/2000/svg}text")}
         assert {"rtn", "awq", "gptq-no-act"} <= labels
-    for cells in found[6:]:
+    for cells in found[7:]:
         titles = [t.text for t in cells.iter("{http://www.w3.org/2000/svg}title")]
         assert titles == [
             "layers_0/attention/q_proj: 0.01", "layers_0/mlp/up_proj: 0.02",
@@ -195,6 +195,9 @@ def test_labels_stay_apart_and_inside():
 def test_plots_of_one_value_are_finite(value):
     point = Point("only", value, value, 0.0, 0, 0, "")
     assert all(map(math.isfinite, numbers(scatter([point], xlabel="", ylabel="", title=""))))
+    if value > 0:
+        svg = scatter([point], xlabel="", ylabel="", title="", log=True)
+        assert all(map(math.isfinite, numbers(svg)))
     line = Line("only", [8.0], [value], [0.0], 0)
     assert all(map(math.isfinite, numbers(lines([line], xlabel="", ylabel="", title=""))))
 
@@ -206,6 +209,7 @@ def test_ticks_are_round_and_within():
         [-0.001, -0.0005, 0, 0.0005, 0.001, 0.0015, 0.002]
     )
     assert all(2.85 <= x <= 12.5 for x in ticks(2.85, 12.5))
+    assert log_ticks(0.3, 12.0) == pytest.approx([0.5, 1, 2, 5, 10])
 
 
 def test_reports_of_few_numbers_are_written(tmp_path):
@@ -247,7 +251,7 @@ def test_a_browser_draws_the_page(folder, tmp_path):
     title = re.search(r"<title>(.*?)</title>", dom, re.S)
     assert title is not None
     told = json.loads(title.group(1))
-    assert len(told["svg"]) == 9
+    assert len(told["svg"]) == 10
     assert all(inner > 40 and outer > 40 for inner, outer in told["svg"])
     assert told["wide"] <= 0  # nothing sticks out to the side
     assert told["errors"] == 0  # nothing was loaded

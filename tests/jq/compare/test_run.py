@@ -175,6 +175,8 @@ def test_what_cannot_end_well_is_refused_at_once(model, tmp_path):
         compare(plan_of(model, out, tasks=("no_such_module:task",)))
     with pytest.raises(SpecError, match="1 or more"):
         Timing((0,))
+    with pytest.raises(SpecError, match=r"prompt_tokens 31 .* context of 32; give 30 or less"):
+        compare(plan_of(model, out, timing=Timing(prompt_tokens=31)))
     assert not out.exists()
 
 
@@ -229,5 +231,6 @@ def test_processes_of_their_own_tell_their_peaks(model, tmp_path):
     # Python and JAX alone take more than 100 MB.
     assert row["making_peak_host_bytes"] > 1e8
     assert row["peak_host_bytes"] > 1e8
+    assert not list(plan.out.rglob("*.log"))  # its processes had nothing to say
     together = compare(plan_of(model, tmp_path / "other", ["int8"])).rows()[1]
     assert row["perplexity"] == pytest.approx(together["perplexity"], rel=1e-6)

@@ -49,7 +49,8 @@ def test_answers_and_progress_arrive(child, job, tmp_path):
     ("script", "text"),
     [
         ("""echo '{"error": "NonFiniteError: layers_0"}'; exit 1""", "^NonFiniteError: layers_0$"),
-        ("kill -9 $$", "was killed, most likely for want of memory; see log$"),
+        ("kill -9 $$", "was killed, most likely for want of memory; it said nothing$"),
+        ("echo oh >&2; kill -9 $$", "was killed, most likely for want of memory; see log$"),
         ("kill -11 $$", "died of SIGSEGV"),
         ("exit 3", "ended with code 3 and no result"),
     ],
