@@ -37,7 +37,9 @@ def warnings_for(s: Situation, fit: Fit, method: str, plain: Fit) -> tuple[str, 
 
 
 def _kernel(s: Situation, fit: Fit) -> str | None:
-    if s.engine != "jaxq" or fit.kernel.kernel != REFERENCE:
+    if s.engine != "jaxq":
+        return f"whether {s.engine} has kernels for this on {s.gpu.sm} is for its documents to say"
+    if fit.kernel.kernel != REFERENCE:
         return None
     return (
         f"no kernel of ours serves this yet ({fit.kernel.reason}): it runs on the XLA reference, "

@@ -12,7 +12,7 @@ from jq.bench.ceilings import Ceilings, measure_ceilings
 from jq.bench.decode import measure_decode
 from jq.bench.linears import LinearTiming, measure_linears
 from jq.bench.result import BatchTiming, BenchResult, Device, Latency
-from jq.bench.work import Roofline, Work, decode_work, linear_work, roofline
+from jq.bench.work import Roofline, Work, decode_work, linear_work, prefill_work, roofline
 
 __all__ = [
     "BatchTiming",
@@ -28,5 +28,6 @@ __all__ = [
     "measure_ceilings",
     "measure_decode",
     "measure_linears",
+    "prefill_work",
     "roofline",
 ]

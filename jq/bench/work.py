@@ -100,18 +100,27 @@ def decode_work(model: Any, params: Any, batch_size: int, cache_tokens: int) -> 
       batch_size: sequences.
       cache_tokens: slots of the cache, all of which attention reads.
     """
+    return prefill_work(model, params, batch_size, 1, cache_tokens)
+
+
+def prefill_work(model: Any, params: Any, batch_size: int, tokens: int, cache_tokens: int) -> Work:
+    """One prefill of `tokens` tokens per sequence, padding included, the rest as in `decode_work`.
+
+    The output head makes the logits of one token per sequence, as generation asks for.
+    """
     config, dtype = model.config, jnp.dtype(model.dtype)
-    name = dtype.name
     operations: Counter[str] = Counter()
     moved = 0
     for path, leaf in tree.leaves(params):
+        outer = path.startswith(("embed/", "lm_head/"))
         if path == "embed/embedding" and not config.tie_word_embeddings:
             continue  # a step looks up a few rows only
         moved += _nbytes(leaf)
         if len(leaf.shape) == 2:
-            operations[operand_dtype(leaf, dtype)] += 2 * batch_size * math.prod(leaf.shape)
+            rows = batch_size * (1 if outer else tokens)
+            operations[operand_dtype(leaf, dtype)] += 2 * rows * math.prod(leaf.shape)
     slots = batch_size * cache_tokens * config.num_hidden_layers * config.head_dim
-    operations[name] += 4 * slots * config.num_attention_heads
+    operations[dtype.name] += 4 * tokens * slots * config.num_attention_heads
     moved += 2 * slots * config.num_key_value_heads * dtype.itemsize
     return Work({key: float(count) for key, count in operations.items()}, moved)
 

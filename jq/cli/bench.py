@@ -117,13 +117,18 @@ def _report(
     ceilings: Any,
 ) -> dict[str, Any]:
     """Everything that was measured, as JSON has it."""
-    from jq.bench import decode_work, roofline
+    from jq.bench import decode_work, prefill_work, roofline
 
     batches = []
     for batch in () if decoded is None else decoded.batches:
-        work = decode_work(model, params, batch.batch_size, batch.cache_tokens)
-        line = roofline(work, ceilings).to_dict(batch.decode.p50)
-        batches.append(batch.to_dict() | {"decode_roofline": line})
+        sizes = (batch.batch_size, batch.padded_tokens, batch.cache_tokens)
+        decode = roofline(decode_work(model, params, sizes[0], sizes[2]), ceilings)
+        prefill = roofline(prefill_work(model, params, *sizes), ceilings)
+        lines = {
+            "prefill_roofline": prefill.to_dict(batch.prefill.p50),
+            "decode_roofline": decode.to_dict(batch.decode.p50),
+        }
+        batches.append(batch.to_dict() | lines)
     linears = []
     for timing in timings:
         line = roofline(timing.work, ceilings).to_dict(timing.latency.p50)
@@ -162,17 +167,19 @@ def _print(report: dict[str, Any]) -> None:
 
 
 def _print_batches(batches: Sequence[dict[str, Any]]) -> None:
-    headers = ("batch", "prefill p50", "p95", "p99", "tokens/s", "first call")
+    bounds = ("ops/byte", "bound by", "of ceiling")
+    headers = ("batch", "prefill p50", "p95", "p99", "tokens/s", *bounds, "first call")
     rows = [
         (
             str(b["batch_size"]),
             *_times(b["prefill_seconds"]),
             f"{b['prefill_tokens_per_second']:,.0f}",
+            *_roofline(b["prefill_roofline"]),
             f"{b['first_call_seconds']:.1f} s",
         )
         for b in batches
     ]
-    print_table(headers, rows, "rrrrrr")
+    print_table(headers, rows, "rrrrrrlrr")
     count, padded = batches[0]["prefill_seconds"]["count"], batches[0]["padded_tokens"]
     prompt = batches[0]["prompt_tokens"]
     text = f"{count} prefills of {prompt} tokens"

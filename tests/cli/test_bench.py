@@ -31,6 +31,7 @@ def test_json_has_latencies_and_regimes(call, int8):
         assert batch["prefill_seconds"]["count"] == 2
         line = batch["decode_roofline"]
         assert line["bound"] in ("memory", "compute")
+        assert batch["prefill_roofline"]["intensity"] > line["intensity"]
         assert line["fraction_of_ceiling"] == line["ceiling_seconds"] / steps["p50"]
     first, second = (batch["decode_roofline"]["intensity"] for batch in told["batches"])
     assert first < second < 3 * first

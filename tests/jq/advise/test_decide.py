@@ -111,6 +111,7 @@ def test_best_quality_on_a_server(engine):
     advice = ask("a100-40gb", "llama-3-8b", goal="quality", bits=4, engine=engine)
     assert advice.method == "awq"
     assert advice.options == ("--method", "awq", "--format", "awq")
+    assert f"whether {engine} has kernels for this on sm_80" in said(advice)
 
 
 def test_lowest_latency_with_exllama_kernels():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jq.bench import Ceilings, Work, decode_work, linear_work, roofline
+from jq.bench import Ceilings, Work, decode_work, linear_work, prefill_work, roofline
 from jq.errors import SpecError
 from jq.models import Decoder, ModelConfig
 from jq.oneshot import quantize
@@ -69,3 +69,7 @@ def test_work_of_a_decode_step(tied):
     assert work.operations == {"float32": 2 * 3 * (linear + 40 * 16) + attention}
     cache = 2 * 2 * 3 * 10 * 2 * 4
     assert work.nbytes == 4 * (linear + norms + 40 * 16 + cache)
+    prompt = prefill_work(model, params, batch_size=3, tokens=7, cache_tokens=10)
+    # All tokens go through the blocks, and one of each sequence through the head.
+    assert prompt.operations == {"float32": 7 * (2 * 3 * linear + attention) + 2 * 3 * 40 * 16}
+    assert prompt.nbytes == work.nbytes
