@@ -253,7 +253,10 @@ def _label(point: Point, x: float, y: float, taken: list[Box]) -> str:
     box = next((b for b in inside if not any(_overlap(b, t) for t in taken)), inside[0])
     taken.append(box)
     colour = _colour(point.colour)
-    text = _text(box[0], box[3] - 3, point.label, "start", "", colour)
+    left = box[2] < x  # its end is what is known for sure, whatever the font's width
+    text = _text(
+        box[2 if left else 0], box[3] - 3, point.label, "end" if left else "start", "", colour
+    )
     near_x, near_y = min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3])
     if math.hypot(near_x - x, near_y - y) < 16:
         return text

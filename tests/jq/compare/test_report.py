@@ -181,9 +181,12 @@ def numbers(svg):
 def test_labels_stay_apart_and_inside():
     points = [Point(f"arm-{i}", 1.0, 5.0, 0.0, i, i, "") for i in range(9)]
     svg = scatter(points, xlabel="x", ylabel="y", line=(5.0, "a line"), title="t")
-    places = re.findall(r'<text x="([\d.]+)" y="([\d.]+)"[^>]*>arm-\d<', svg)
-    assert len({(round(float(x)), round(float(y))) for x, y in places}) == 9
-    boxes = [(float(x), float(y) - 11, float(x) + 5 * 6.4, float(y) + 3) for x, y in places]
+    found = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)"[^>]*>arm-\d<', svg)
+    assert len(found) == 9
+    width, boxes = 5 * 6.4, []
+    for x, y, anchor in found:
+        left = float(x) - (width if anchor == "end" else 0)
+        boxes.append((left, float(y) - 11, left + width, float(y) + 3))
     for i, a in enumerate(boxes):
         assert a[0] >= 66
         assert a[2] <= 640
