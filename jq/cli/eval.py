@@ -68,6 +68,7 @@ def run(arguments: Sequence[str]) -> int:
     from jq.api import load
     from jq.evaluate import evaluate
     from jq.models import ModelConfig
+    from jq.prepare import prepare
 
     config = ModelConfig.from_folder(folder)
     context = config.max_position_embeddings
@@ -78,11 +79,13 @@ def run(arguments: Sequence[str]) -> int:
         note(f"seq_len {args.seq_len} is cut to the model's context of {context} tokens")
     with Meter("load", every=5.0) as meter:
         model, params = load(folder, progress=meter.show)
+    params = prepare(params, dtype=model.dtype)
     reference_model = reference_params = None
     if reference_folder is not None:
         _check_tokenizer(tokens, text, reference_folder, config.vocab_size, most)
         with Meter("load", every=5.0) as meter:
             reference_model, reference_params = load(reference_folder, progress=meter.show)
+        reference_params = prepare(reference_params, dtype=reference_model.dtype)
     with Meter("eval", every=5.0) as meter:
         result = evaluate(
             model,

@@ -60,11 +60,13 @@ def run(arguments: Sequence[str]) -> int:
 
     from jq.api import load
     from jq.models import ModelConfig, Sampling, Tokenizer
+    from jq.prepare import prepare
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     tokenizer = Tokenizer(folder, ModelConfig.from_folder(folder).vocab_size)
     with Meter("load", every=5.0) as meter:
         model, params = load(folder, progress=meter.show)
+    params = prepare(params, dtype=model.dtype)
     if args.temperature == 0 and (args.top_k or args.top_p):
         note("temperature 0 takes the most likely token: --top-k and --top-p change nothing")
     key = jax.random.key(args.seed)
