@@ -49,7 +49,7 @@ def _gptq(schemes: Mapping[str, GPTQScheme], unquantized: Sequence[str]) -> dict
     dynamic: dict[str, dict[str, Any]] = {
         f"+:^{re.escape(module)}$": fields for module, fields in stated.items() if fields != base
     }
-    dynamic |= {f"-:^{re.escape(module)}$": {} for module in unquantized}
+    dynamic |= _left_out(unquantized)
     return {
         "quant_method": "gptq",
         **base,
@@ -59,6 +59,10 @@ def _gptq(schemes: Mapping[str, GPTQScheme], unquantized: Sequence[str]) -> dict
         **({"dynamic": dynamic} if dynamic else {}),
         "meta": {"quantizer": [f"jaxq:{version('jaxq')}"]},
     }
+
+
+def _left_out(modules: Sequence[str]) -> dict[str, dict[str, Any]]:
+    return {f"-:^{re.escape(module)}$": {} for module in modules}
 
 
 def _gptq_fields(scheme: GPTQScheme) -> dict[str, Any]:
@@ -80,6 +84,8 @@ def _awq(schemes: Mapping[str, AWQScheme], unquantized: Sequence[str]) -> dict[s
         "zero_point": scheme.zero_point,
         # Tools look for these as parts of a module's name, so they are whole names.
         "modules_to_not_convert": [*unquantized, _HEAD] if unquantized else None,
+        # The same for GPTQModel, which loads AWQ files too but does not know the other.
+        **({"dynamic": _left_out(unquantized)} if unquantized else {}),
     }
 
 

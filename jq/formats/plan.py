@@ -56,10 +56,13 @@ class FormatOptions:
       is symmetric, which all tools read, and otherwise "gptq_v2".
     scale_dtype: of the scales in GPTQ and AWQ files; scales that it does not hold exactly are
       refused. compressed-tensors keeps the dtype that scales have.
+    legacy_act_order: write compressed-tensors files with an act order across groups
+      (`weight_g_idx`), which its releases before 0.19 read.
     """
 
     checkpoint_format: CheckpointFormat | None = None
     scale_dtype: ScaleDtype = "float16"
+    legacy_act_order: bool = False
 
 
 def plan_of(leaves: Iterable[tuple[str, Any]]) -> dict[str, PlannedLinear]:
@@ -129,7 +132,7 @@ def _chooser(
         case "awq":
             return lambda linear, path: _awq(linear, path, options)
         case "compressed-tensors":
-            return _compressed_tensors
+            return lambda linear, path: _compressed_tensors(linear, path, options)
 
 
 def _gptq(linear: PlannedLinear, path: str, v2: bool, options: FormatOptions) -> GPTQScheme:
@@ -154,11 +157,19 @@ def _awq(linear: PlannedLinear, path: str, options: FormatOptions) -> AWQScheme:
     return dataclasses.replace(scheme, scale_dtype=options.scale_dtype)
 
 
-def _compressed_tensors(linear: PlannedLinear, path: str) -> CompressedTensorsScheme:
+def _compressed_tensors(
+    linear: PlannedLinear, path: str, options: FormatOptions
+) -> CompressedTensorsScheme:
     if linear.needs_order and linear.spec.is_float:
         raise SpecError(
             f"{path}: {linear.spec.dtype} weights in compressed-tensors have no act order; "
             "quantize without desc_act"
+        )
+    if linear.needs_order and not options.legacy_act_order:
+        raise SpecError(
+            f"{path}: compressed-tensors has no act order across groups since its release 0.19; "
+            "use gptq, quantize with act_group_aware or static_groups, or ask for "
+            "legacy_act_order, which older releases read"
         )
     return compressed_tensors.scheme_for(linear.spec, path, act_order=linear.needs_order)
 

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from jq import tree
@@ -169,7 +168,7 @@ class QuantizedCheckpoint:
                 self._progress(done, len(self._table), entry.path)
         return params
 
-    def _leaf(self, entry: WeightEntry) -> jax.Array | QTensor:
+    def _leaf(self, entry: WeightEntry) -> Any:  # what `place` makes, or a QTensor of it
         arrays = {suffix: self._array(key) for suffix, key in self._keys(entry).items()}
         scheme = self._schemes[entry.key]
         if scheme is None:
