@@ -114,7 +114,8 @@ def versions() -> dict[str, str]:
 
 
 def device_facts() -> dict[str, Any]:
-    """What JAX computes on, in this process; starts JAX's backend."""
+    """What JAX computes on in this process, as far as results or timings depend on it; starts
+    JAX's backend."""
     import jax
 
     devices = jax.devices()
@@ -122,6 +123,7 @@ def device_facts() -> dict[str, Any]:
         "platform": devices[0].platform,
         "kind": devices[0].device_kind,
         "count": len(devices),
+        "matmul_precision": jax.config.jax_default_matmul_precision,
     }
     if devices[0].platform == "cpu":
         facts |= {"kind": _processor(), "cores": usable_cores()}

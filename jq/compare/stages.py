@@ -67,7 +67,10 @@ def run_stage(job: Job, progress: StageProgress) -> dict[str, Any]:
 
 
 def make(job: Job, progress: StageProgress) -> dict[str, Any]:
-    """Quantize into the arm's checkpoint: seconds, peak memory, and errors per linear."""
+    """Quantize into the arm's checkpoint: seconds, peak memory, and errors per linear.
+
+    A stopped run goes on where it was; its seconds are not those of the making then, but None.
+    """
     report = quantize_checkpoint(
         job.model,
         job.folder / "arms" / job.arm.name,
@@ -81,7 +84,7 @@ def make(job: Job, progress: StageProgress) -> dict[str, Any]:
     names = ("path", "weight_error", "output_error", "rtn_output_error", "warnings")
     linears = [linear.to_dict() for linear in report.linears]
     return {
-        "seconds": report.seconds,
+        "seconds": None if report.resumed else report.seconds,
         **_peaks(job.alone),
         "linears": [{name: linear[name] for name in names} for linear in linears],
     }

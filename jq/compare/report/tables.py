@@ -84,7 +84,8 @@ def size_table(comparison: Comparison) -> Table:
     ]
     note = (
         "Whole model, embedding included. Peaks are of a process that did only this, Python and "
-        "compilers included: host memory / device memory, where known. Making includes compilation."
+        "compilers included: host memory / device memory, where known. Making includes "
+        "compilation; its time is empty where it was stopped and went on."
     )
     return _table("Size and making", comparison.rows(), columns, note)
 

@@ -8,7 +8,7 @@ import pytest
 
 from jq.api import load
 from jq.calib.tokens import CalibrationData
-from jq.compare import Numbers, Plan, Timing, compare, find_arms, run
+from jq.compare import Numbers, Plan, Timing, compare, find_arms, run, stages
 from jq.errors import CalibrationError, OutputError, SpecError
 from jq.evaluate import evaluate
 from jq.models import HFCheckpoint
@@ -234,3 +234,16 @@ def test_processes_of_their_own_tell_their_peaks(model, tmp_path):
     assert not list(plan.out.rglob("*.log"))  # its processes had nothing to say
     together = compare(plan_of(model, tmp_path / "other", ["int8"])).rows()[1]
     assert row["perplexity"] == pytest.approx(together["perplexity"], rel=1e-6)
+
+
+def test_the_time_of_a_resumed_making_is_not_told(model, tmp_path, monkeypatch):
+    real = stages.quantize_checkpoint
+    monkeypatch.setattr(
+        stages,
+        "quantize_checkpoint",
+        lambda *a, **k: dataclasses.replace(real(*a, **k), resumed=1),
+    )
+    plan = plan_of(model, tmp_path, ["int8"])
+    (tmp_path / "arms").mkdir()
+    job = stages.Job("make", plan.arms[1], model, tmp_path, None, None, 1, 32, None)
+    assert stages.run_stage(job, lambda *_: None)["seconds"] is None
