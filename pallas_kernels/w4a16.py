@@ -14,6 +14,9 @@ from jq.pallas_kernels.weight import W4Weight, operands, unsupported_format
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
+# Mosaic copies rows in tiles of 8, and lowers no array of more rows that does not divide into them.
+_TILE_ROWS = 8
+
 
 def w4a16(
     x: Float[Array, "*B K"],
@@ -44,7 +47,10 @@ def w4a16(
         from jq.pallas_kernels.w4a16_prefill import prefill as kernel
     else:
         from jq.pallas_kernels.w4a16_decode import decode as kernel
-    return kernel(x.reshape(m, w.k), w, config, interpret).reshape(*x.shape[:-1], w.n)
+    rows = x.reshape(m, w.k)
+    if m > _TILE_ROWS and m % _TILE_ROWS:
+        rows = jnp.pad(rows, ((0, -m % _TILE_ROWS), (0, 0)))
+    return kernel(rows, w, config, interpret)[:m].reshape(*x.shape[:-1], w.n)
 
 
 def w4a16_reference(x: Float[Array, "*B K"], w: W4Weight) -> Float[Array, "*B N"]:

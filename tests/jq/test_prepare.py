@@ -260,6 +260,15 @@ def test_export_for_both_platforms_from_here(kind):
     assert ("mosaic" in program.mlir_module()) == (kind == "prepared")
 
 
+@pytest.mark.parametrize("rows", [3, 13, 300])
+def test_any_number_of_rows_is_lowered_for_cuda(rows):
+    """What Mosaic refuses it refuses here, without a GPU."""
+    exporter = jax.export.export(jax.jit(lambda x: qmatmul(x, prepared())), platforms=["cuda"])
+    program = exporter(jax.ShapeDtypeStruct((rows, 128), jnp.bfloat16))
+    assert program.out_avals[0].shape == (rows, 64)
+    assert "mosaic" in program.mlir_module()
+
+
 def test_kernels_are_not_traced_where_they_do_not_run(monkeypatch):
     """A CPU's programs cost no more to make than XLA's."""
     monkeypatch.setattr("jq.matmul.w4a16", lambda x, w: 1 / 0)
