@@ -22,6 +22,7 @@ from jq.advise.formats import (
     spec_of,
     unquantized,
 )
+from jq.advise.gpus import missing
 from jq.advise.methods import Alternative, method_for
 from jq.advise.situation import Situation
 from jq.advise.warnings import warnings_for
@@ -75,6 +76,8 @@ def advise(s: Situation) -> Advice:
 
     Raises: SpecError where nothing is left, such as fp8 on a GPU that has none.
     """
+    if s.activations == "fp8" and (why := missing(s.gpu, "fp8")):
+        raise SpecError(f"{why}; ask for int8 or 8-bit activations")
     considered = candidates(s)
     open_, reasons = _possible(considered), []
     if s.existing is not None:

@@ -113,7 +113,7 @@ def _often(s: Situation) -> str | None:
 def _unfair(method: str) -> str | None:
     if method not in ("gptq", "awq"):
         return None
-    return "plain GPTQ is no fair opponent for AWQ: let gptq-act-order stand against it"
+    return "compare AWQ with gptq or gptq-act-order: GPTQ without any act order is no fair opponent"
 
 
 def _tasks(fit: Fit) -> str | None:

@@ -11,6 +11,7 @@ import tyro
 
 from jq.advise import Advice, Fit, Situation, advise, find_gpu, find_model
 from jq.advise.situation import Accuracy, Activations, Engine, Goal
+from jq.cli.models import DEMO, model_folder
 from jq.cli.options import parse
 from jq.cli.output import print_facts, print_json, print_table, size_text
 
@@ -26,7 +27,8 @@ class Advise:
 
     Attributes:
         gpu: such as a100-40gb, h100, l40s, t4; an unknown one lists them.
-        model: such as llama-3-8b, or a folder with config.json; an unknown one lists them.
+        model: such as llama-3-8b, or a folder with config.json, or "demo" for the embedded model;
+            an unknown one lists them.
         goal: what matters most.
         batch: sequences at once.
         context: tokens of each, prompt and answer together; 4096, or the model's positions.
@@ -65,7 +67,7 @@ def run(arguments: Sequence[str]) -> int:
     """The command."""
     args = parse(Advise, "advise", ABOUT, arguments)
     gpu = find_gpu(args.gpu)
-    name, config = find_model(args.model)
+    name, config = find_model(str(model_folder(DEMO)) if args.model == DEMO else args.model)
     context = args.context
     if context is None:
         context = min(Situation.context, config.max_position_embeddings)
@@ -101,7 +103,7 @@ def _print(advice: Advice, name: str, s: Situation) -> None:
         f"\nsequences of {s.context} tokens that fit at once; step and tokens/s at batch {s.batch} "
         f"are ceilings, by the {s.gpu.source}"
     )
-    folder = name if Path(name).is_dir() else f"path/to/{name}"
+    folder = name if Path(name).exists() else f"path/to/{name}"
     print(f"\n  {advice.command(folder)}")
 
 

@@ -30,6 +30,14 @@ def test_what_does_not_fit_is_in_the_first_line(call):
     )
 
 
+def test_missing_arithmetic_is_refused_with_the_way_out(call):
+    refusal = call("advise", "--gpu", "v100", "--model", "llama-8b", "--activations", "fp8").refusal
+    assert refusal == (
+        "v100-16gb (sm_70) has no fp8 tensor cores; sm_89 (Ada) and newer have; "
+        "ask for int8 or 8-bit activations"
+    )
+
+
 def test_json_has_every_number(call):
     told = json.loads(call("advise", *ASKED, "--json").out)
     assert (told["model"], told["gpu"]["memory_gb"], told["method"]) == ("llama-2-70b", 40, "gptq")
@@ -43,6 +51,7 @@ def test_a_folder_is_a_model(call, tiny):
     assert done.code == 0
     assert f"jaxq quantize {tiny} --out OUT --method gptq --group-size 64" in done.out
     assert "sequences of 32 tokens" in done.out  # its positions
+    assert "demo_model --out OUT" in call("advise", "--gpu", "t4", "--model", "demo").out
     assert "known: llama-7b" in call("advise", "--gpu", "t4", "--model", "unheard-of").refusal
 
 
