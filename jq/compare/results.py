@@ -12,7 +12,7 @@ import numpy as np
 from jq.compare.arms import ORIGINAL, Arm
 from jq.compare.quality import Quality
 from jq.compare.store import DONE
-from jq.evaluate import mean_estimate, perplexity, perplexity_difference
+from jq.evaluate import mean_estimate, paired_difference, perplexity, perplexity_difference
 
 _PERCENTILES = ("p50", "p95", "p99")
 
@@ -120,7 +120,8 @@ class Comparison:
         assert nll is not None
         row = _estimate("perplexity", perplexity(nll))
         words = self.spec["evaluation"].get("words_per_token")
-        row["word_perplexity"] = _word_perplexity(float(np.mean(nll)), words)
+        if words:
+            row |= _estimate("word_perplexity", perplexity(nll / words))
         original = self.original
         if original is not None and original is not result:
             reference = original.quality
@@ -133,7 +134,11 @@ class Comparison:
             values = quality.window(name)
             row |= {} if values is None else _estimate(column, mean_estimate(values))
         for name, scores in result.tasks.items():
-            row |= _estimate(f"task_{name}", mean_estimate(np.asarray(scores, np.float64)))
+            ours = np.asarray(scores, np.float64)
+            row |= _estimate(f"task_{name}", mean_estimate(ours))
+            if original is not None and original is not result:
+                base = np.asarray(original.tasks[name], np.float64)
+                row |= _estimate(f"task_{name}_difference", paired_difference(ours, base))
         return row
 
 
@@ -154,12 +159,6 @@ def _estimate(name: str, estimate: tuple[float, float]) -> dict[str, float | Non
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _word_perplexity(nll: float, words_per_token: float | None) -> float | None:
-    if not words_per_token or nll / words_per_token > 700:  # exp would be beyond float64
-        return None
-    return math.exp(nll / words_per_token)
 
 
 def _get(raw: Mapping[str, Any], part: str, name: str) -> Any:

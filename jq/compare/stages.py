@@ -24,6 +24,7 @@ from jq.compare.store import load_tokens
 from jq.compare.tasks import find_task, score_task
 from jq.evaluate import evaluate
 from jq.pipeline import quantize_checkpoint
+from jq.prepare import prepare
 from jq.qtensor import QTensor
 
 Stage = Literal["make", "measure"]
@@ -97,6 +98,8 @@ def measure(job: Job, progress: StageProgress) -> dict[str, Any]:
     progress(0, 1, "loading")
     model, params = load(folder)
     result: dict[str, Any] = {"size": _size(params, folder)}
+    # From here on what inference runs on, so that its numbers and its memory are what is measured.
+    params = prepare(params, dtype=model.dtype)
     result["speed"] = None if job.timing is None else _speed(model, params, job.timing, progress)
     # Before the original comes in as well.
     result["memory"] = _peaks(job.alone)
@@ -147,11 +150,10 @@ def _speed(
     model: Any, params: Any, timing: Mapping[str, Any], progress: StageProgress
 ) -> list[dict[str, Any]]:
     from jq.bench import measure_decode
-    from jq.prepare import prepare
 
     result = measure_decode(
         model,
-        prepare(params, dtype=model.dtype),
+        params,
         batch_sizes=tuple(timing["batch_sizes"]),
         prompt_tokens=timing["prompt_tokens"],
         steps=timing["steps"],

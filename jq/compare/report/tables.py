@@ -58,12 +58,16 @@ def quality_table(comparison: Comparison) -> Table:
         ("bits/weight", lambda r: number(r["bits_per_weight"], ".3f")),
         ("perplexity (token)", lambda r: _pair(r, "perplexity", ".4f")),
         ("increase", lambda r: _pair(r, "perplexity_increase", "+.4f")),
-        ("perplexity (word)", lambda r: number(r.get("word_perplexity"), ".2f")),
+        ("perplexity (word)", lambda r: _pair(r, "word_perplexity", ".2f")),
         ("KL (mnat/token)", lambda r: _pair(r, "kl_nats", ".3f", 1e3)),
         ("top-1 agreement %", lambda r: _pair(r, "top1_agreement", ".2f", 100)),
     ]
     for name in sorted({name for r in comparison.results for name in r.tasks}):
-        columns.append((f"{name} %", lambda r, name=name: _pair(r, f"task_{name}", ".2f", 100)))
+        task, change = f"task_{name}", f"task_{name}_difference"
+        columns += [
+            (f"{name} %", lambda r, key=task: _pair(r, key, ".2f", 100)),
+            (f"{name} change", lambda r, key=change: _pair(r, key, "+.2f", 100)),
+        ]
     note = (
         "± is one standard error over windows. The increase is over the original, window by "
         "window; its error is that of the pairs. KL is from the original's predictions, in "

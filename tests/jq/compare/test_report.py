@@ -16,7 +16,7 @@ import pytest
 from jq.compare.decision import Budget, decide
 from jq.compare.report import csv_text, summary_table, write_reports
 from jq.compare.report.svg import Line, Point, lines, log_ticks, scatter, ticks
-from jq.compare.report.tables import length_table, position_table, speed_table
+from jq.compare.report.tables import length_table, position_table, quality_table, speed_table
 from tests.jq.compare.made_up import EDGES, base_nll, comparison, done, failed
 
 BUDGET = Budget.parse("1%")
@@ -51,12 +51,29 @@ def test_rows_have_one_set_of_keys_and_the_numbers_of_the_arms(found):
     assert original["perplexity"] == pytest.approx(math.exp(nll), rel=1e-12)
     assert original["word_perplexity"] == pytest.approx(math.exp(2 * nll), rel=1e-12)
     assert original["perplexity_increase"] is None
+    windows = base_nll() @ widths / sum(widths)
+    stderr = windows.std(ddof=1) / math.sqrt(len(windows))
+    assert original["perplexity_stderr"] == pytest.approx(math.exp(nll) * stderr, rel=1e-9)
+    word = original["word_perplexity"] * 2 * stderr
+    assert original["word_perplexity_stderr"] == pytest.approx(word, rel=1e-9)
     rise = awq["perplexity"] - original["perplexity"]
     assert awq["perplexity_increase"] == pytest.approx(rise, rel=1e-9)
     assert awq["kl_nats"] == pytest.approx(0.01)
     assert awq["decode_p99_ms_batch1"] == pytest.approx(24.0)
     assert awq["decode_tokens_per_second_batch4"] == pytest.approx(250.0)
     assert (rows["fp8"]["status"], rows["fp8"]["perplexity"]) == ("failed", None)
+
+
+def test_tasks_are_told_with_their_differences():
+    right, wrong = [1.0, 1.0, 0.0, 1.0], [1.0, 0.0, 0.0, 1.0]
+    tasked = comparison(done(tasks={"quiz": right}), rtn=done(tasks={"quiz": wrong}))
+    original, rtn = tasked.rows()
+    assert (original["task_quiz"], original["task_quiz_difference"]) == (0.75, None)
+    assert (rtn["task_quiz"], rtn["task_quiz_difference"]) == (0.5, -0.25)
+    assert rtn["task_quiz_difference_stderr"] == pytest.approx(0.25)  # of 0, -1, 0, 0
+    table = quality_table(tasked)
+    assert table.headers[-2:] == ("quiz %", "quiz change")
+    assert table.rows[1][-2:] == ("50.00 ±28.87", "-25.00 ±25.00")
 
 
 def test_the_summary_marks_failed_arms(found):
