@@ -263,7 +263,8 @@ def test_export_for_both_platforms_from_here(kind):
 @pytest.mark.parametrize("rows", [3, 13, 300])
 def test_any_number_of_rows_is_lowered_for_cuda(rows):
     """What Mosaic refuses it refuses here, without a GPU."""
-    exporter = jax.export.export(jax.jit(lambda x: qmatmul(x, prepared())), platforms=["cuda"])
+    w = prepared()
+    exporter = jax.export.export(jax.jit(lambda x: qmatmul(x, w)), platforms=["cuda"])
     program = exporter(jax.ShapeDtypeStruct((rows, 128), jnp.bfloat16))
     assert program.out_avals[0].shape == (rows, 64)
     assert "mosaic" in program.mlir_module()
