@@ -29,7 +29,7 @@ from jq.pallas_kernels.compat import (
 )
 from jq.pallas_kernels.weight import SYMMETRIC_ZERO, TRICKS
 
-_MASKS = (0x000F000F, 0x00F000F0)  # of the low and the high nibble of each byte
+MASKS = (0x000F000F, 0x00F000F0)  # of the low and the high nibble of each byte
 _MANTISSA_BITS = {"bfloat16": 7, "float16": 10}
 _EXPONENT_BIAS = {"bfloat16": 127, "float16": 15}
 
@@ -58,10 +58,39 @@ class Format:
         return 2 if self.group_size == 32 else 1
 
 
-def power_of_two(exponent: int, dtype: str) -> int:
+def _power_of_two(exponent: int, dtype: str) -> int:
     """Bits of two packed copies of 2^exponent, a normal number of the dtype."""
     half = (exponent + _EXPONENT_BIAS[dtype]) << _MANTISSA_BITS[dtype]
     return half << 16 | half
+
+
+@dataclasses.dataclass(frozen=True)
+class Constants:
+    """Bits of the packed pairs that the generated code multiplies by.
+
+    sixteenth: 2^-4, for the scales of high nibbles.
+    minus_eight: the number whose bits are the sign and the code 8.
+    spread: P of `weight`'s formulas for low nibbles, and P / 16 for high ones.
+    """
+
+    sixteenth: int
+    minus_eight: int
+    spread: tuple[int, int]
+
+
+def constants(dtype: str) -> Constants:
+    power = TRICKS[dtype].zero[0]
+    return Constants(
+        sixteenth=_power_of_two(-4, dtype),
+        minus_eight=0x80008000 | SYMMETRIC_ZERO * 0x10001,
+        spread=(_power_of_two(power, dtype), _power_of_two(power - 4, dtype)),
+    )
+
+
+def source(register: tuple[int, ...]) -> tuple[int, int]:
+    """(word, nibble 0 to 3) of the pair of codes that belongs into a register of FRAGMENT."""
+    eighth, row = register[1], register[4]  # of the 64 inputs; half of the warp's 16 columns
+    return eighth // 2, 2 * (eighth % 2) + row
 
 
 def operand(fmt: Format, words, scales, offsets):
@@ -74,7 +103,7 @@ def operand(fmt: Format, words, scales, offsets):
     Returns: fmt.dtype [64 (columns), 64 (inputs)] in the layout FRAGMENT.
     """
     kind = "bf16x2" if fmt.dtype == "bfloat16" else "f16x2"
-    trick, sixteenth = TRICKS[fmt.dtype], power_of_two(-4, fmt.dtype)
+    bits = constants(fmt.dtype)
 
     @plgpu.inline_mgpu(
         arg_types=(WORDS, *[ROWS] * (len(scales) + len(offsets))),
@@ -88,8 +117,8 @@ def operand(fmt: Format, words, scales, offsets):
         def asm(text, *args):
             return llvm.inline_asm(i32, list(args), f"{{ {text} }}", "=r" + ",r" * len(args))
 
-        def times(value, bits):
-            return asm(f".reg .b32 k; mov.b32 k, {bits}; mul.{kind} $0, $1, k;", value)
+        def times(value, factor):
+            return asm(f".reg .b32 k; mov.b32 k, {factor}; mul.{kind} $0, $1, k;", value)
 
         def twice(row):
             """A row's value in both halves of a register, for the thread's two rows."""
@@ -100,21 +129,18 @@ def operand(fmt: Format, words, scales, offsets):
 
         scale = [twice(row) for row in rows[: len(scales)]]
         if fmt.symmetric:
-            # The half-word 0x8008 is -8 * unit.
-            minus_eight = 0x80008000 | SYMMETRIC_ZERO * 0x10001
-            offset = [[times(s, minus_eight) for s in group] for group in scale]
-            multiplier = [(group, [times(s, sixteenth) for s in group]) for group in scale]
+            offset = [[times(s, bits.minus_eight) for s in group] for group in scale]
+            scale = [(group, [times(s, bits.sixteenth) for s in group]) for group in scale]
         else:
             offset = [twice(row) for row in rows[len(scales) :]]
-            one, small = (power_of_two(trick.zero[0] - shift, fmt.dtype) for shift in (0, 4))
 
         def convert(word, high, group, row):
             """Two codes: bits 0-3 or 4-7 of the word's half-words, for one of the two rows."""
-            text = f".reg .b32 t; and.b32 t, $1, {_MASKS[high]}; "
+            text = f".reg .b32 t; and.b32 t, $1, {MASKS[high]}; "
             if fmt.symmetric:
                 text += f"fma.rn.{kind} $0, t, $2, $3;"
-                return asm(text, word, multiplier[group][high][row], offset[group][row])
-            text += f".reg .b32 k; mov.b32 k, {small if high else one}; "
+                return asm(text, word, scale[group][high][row], offset[group][row])
+            text += f".reg .b32 k; mov.b32 k, {bits.spread[high]}; "
             text += f"fma.rn.{kind} t, t, k, $2; mul.{kind} $0, t, $3;"
             return asm(text, word, offset[group][row], scale[group][row])
 
@@ -124,15 +150,14 @@ def operand(fmt: Format, words, scales, offsets):
             word = vector.extract(register, [], [step])
             upper = arith.shrui(word, arith.constant(i32, 8))
             group = step * fmt.groups // 4
-            for j in range(4):  # 2 * (upper 8 of the 16 inputs) + (upper 8 of the 16 columns)
-                bits = convert(upper if j >= 2 else word, j % 2, group, j % 2)
-                pairs[step, j] = mgpu.utils.bitcast(bits, pair)
+            for j in range(4):
+                packed = convert(upper if j >= 2 else word, j % 2, group, j % 2)
+                pairs[step, j] = mgpu.utils.bitcast(packed, pair)
 
         fragment = FRAGMENT.to_mgpu()
         registers = np.empty(fragment.registers_shape((64, 64)), dtype=object)
         for index in np.ndindex(*registers.shape):
-            eighth, row = index[1], index[4]  # of the inputs; half of the 16 columns
-            registers[index] = pairs[eighth // 2, 2 * (eighth % 2) + row]
+            registers[index] = pairs[source(index)]
         return fragmented_array.FragmentedArray(
             _registers=registers, _layout=fragment, _is_signed=None
         )

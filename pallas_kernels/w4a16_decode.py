@@ -183,18 +183,25 @@ def _compute(plan: _Plan, warpgroup, out, mailbox, *, full, empty, **shared) -> 
     """Multiply stage after stage, then reduce, scale and store."""
     config, fmt = plan.config, plan.fmt
 
-    def rows(name, slot, slice_, tile):
-        """Scales or offsets of a slice's groups, for a tile of 64 columns."""
-        if name not in shared:
-            return []
+    def rows(name, slot, tile):
+        """Slice -> scales or offsets of its groups, for 64 columns; each row is loaded once."""
         columns = pl.ds(warpgroup * plan.columns + 64 * tile, 64)
-        first = [64 * slice_ + 64 * i // fmt.groups for i in range(fmt.groups)]
-        refs = [shared[name].at[slot, dequant.row_of(fmt, f), columns] for f in first]
-        return [plgpu.load(ref, layout=ROWS) for ref in refs]
+
+        @functools.cache
+        def load(row):
+            return plgpu.load(shared[name].at[slot, row, columns], layout=ROWS)
+
+        def of_slice(j):
+            first = [64 * j + 64 * i // fmt.groups for i in range(fmt.groups)]
+            return [load(dequant.row_of(fmt, f)) for f in first] if name in shared else []
+
+        return of_slice
 
     def multiply(accumulator):
         def step(i, slot):
             plgpu.barrier_wait(full.at[slot])
+            scales = [rows("scale_s", slot, t) for t in range(config.tiles)]
+            offsets = [rows("offset_s", slot, t) for t in range(config.tiles)]
             for j in range(config.slices):
                 x = shared["x_s"].at[slot, :, pl.ds(64 * j, 64)].T
                 for t in range(config.tiles):
@@ -203,8 +210,8 @@ def _compute(plan: _Plan, warpgroup, out, mailbox, *, full, empty, **shared) -> 
                         fmt,
                         accumulator if config.tiles == 1 else accumulator.at[pl.ds(64 * t, 64)],
                         plgpu.load(tile, layout=WORDS),
-                        rows("scale_s", slot, j, t),
-                        rows("offset_s", slot, j, t),
+                        scales[t](j),
+                        offsets[t](j),
                         x,
                         shared["staging"].at[warpgroup, j % 2] if plan.interpret else None,
                     )

@@ -13,6 +13,7 @@ if __name__ == "__main__":
     os.environ["JAX_PLATFORMS"] = "cpu"
 
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
@@ -75,14 +76,13 @@ CASES = (
 )
 
 
-def problem(case: Case) -> tuple[jax.Array, W4Weight]:
-    rng = np.random.default_rng(case.m + case.k + case.n)
-    groups = 1 if case.group_size is None else case.k // case.group_size
-    codes = jnp.asarray(rng.integers(0, 16, (case.k, case.n)), jnp.uint8)
-    scale = jnp.asarray(rng.uniform(0.005, 0.02, (groups, case.n)), jnp.float32)
-    zero = jnp.asarray(rng.integers(0, 16, (groups, case.n)), jnp.uint8) if case.zero else None
-    x = jnp.asarray(rng.normal(size=(case.m, case.k)), case.dtype)
-    return x, w4_weight(codes, scale, zero, dtype=case.dtype)
+def weight(k: int, n: int, group_size: int | None, zero: bool, dtype: str) -> W4Weight:
+    rng = np.random.default_rng(k + n)
+    groups = 1 if group_size is None else k // group_size
+    codes = jnp.asarray(rng.integers(0, 16, (k, n)), jnp.uint8)
+    scale = jnp.asarray(rng.uniform(0.005, 0.02, (groups, n)), jnp.float32)
+    zeros = jnp.asarray(rng.integers(0, 16, (groups, n)), jnp.uint8) if zero else None
+    return jax.jit(functools.partial(w4_weight, dtype=dtype))(codes, scale, zeros)
 
 
 def main() -> None:
@@ -91,9 +91,10 @@ def main() -> None:
     for case in CASES:
         if sys.argv[1:] and not any(text in case.name for text in sys.argv[1:]):
             continue
-        x, w = problem(case)
+        w = weight(case.k, case.n, case.group_size, case.zero, case.dtype)
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(case.m, case.k)), case.dtype)
         y = np.asarray(case.run(x, w), np.float64)
-        expected = np.asarray(x, np.float64) @ np.asarray(dequantize(w), np.float64)
+        expected = np.asarray(x, np.float64) @ np.asarray(jax.jit(dequantize)(w), np.float64)
         error = np.linalg.norm(y - expected) / np.linalg.norm(expected)
         worst = np.max(np.abs(y - expected)) / np.max(np.abs(expected))
         races = bool(interpreter.get_races().races_found)
