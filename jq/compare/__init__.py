@@ -1,10 +1,10 @@
 """Which method should I choose?  Every method on one model, data and machine, and a decision.
 
-numbers = Numbers(bits=4, group_size=128)
-plan = Plan(model, out, find_arms(("awq", "gptq"), numbers), numbers, tokens, ...)
-comparison = compare(plan)
-decision = decide(comparison, Budget.parse("1%"))
-write_reports(out, comparison, decision)
+numbers, budget = Numbers(bits=4, group_size=128), Budget.parse("1%")
+arms = find_arms(("awq", "gptq"), numbers)
+comparison = compare(Plan(model, out, arms, numbers, tokens, 2048, "held-out.txt", timing=Timing()))
+decision = decide(comparison, budget)
+write_reports(out, comparison, decision, budget)
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """`compare`: every arm quantized, measured and kept, the finished ones of an earlier run reused.
 
-plan = Plan(model, out, find_arms(("awq", "gptq"), numbers), numbers, tokens, calibration=data)
+arms = find_arms(("awq", "gptq"), numbers)
+plan = Plan(model, out, arms, numbers, tokens, 2048, "held-out.txt", calibration=data)
 comparison = compare(plan)
-comparison.rows(), decide(comparison)
+comparison.rows(), decide(comparison, Budget.parse("1%"), objective="size")
 """
 
 from __future__ import annotations
