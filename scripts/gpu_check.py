@@ -30,8 +30,8 @@ from scripts.gpu.runner import Results, Section, run
 SECTIONS = (
     Section("environment", "scripts.gpu.environment", 3, 90, needs_gpu=False),
     Section("ceilings", "scripts.gpu.ceilings", 3, 60),
-    Section("correctness", "scripts.gpu.correctness", 20, 75, workers=4),
-    Section("benchmark", "scripts.gpu.benchmark", 28, 75),
+    Section("correctness", "scripts.gpu.correctness", 20, 120, workers=4),
+    Section("benchmark", "scripts.gpu.benchmark", 28, 120),
     Section("decode", "scripts.gpu.decode", 26, 240),
     Section("tune", "scripts.gpu.tune", 24, 60),
     Section("refine", "scripts.gpu.refine", 6, 60),
@@ -46,7 +46,8 @@ def learn(name: str, found: Mapping[str, Any], facts: dict[str, Any]) -> None:
     if name == "environment":
         device = found.get("device", {})
         facts["device"] = device.get("kind")
-        facts["gpu"] = device.get("platform") == "gpu" and device.get("capability") == "9.0"
+        cuda = device.get("platform") in ("gpu", "cuda")
+        facts["gpu"] = cuda and device.get("capability") == "9.0"
         facts["timer"] = "cupti" if found.get("cupti", {}).get("works") else "wall"
     elif name == "ceilings":
         for key, field, fact in (
