@@ -42,15 +42,19 @@ def w4a16(
     if m == 0:
         return jnp.zeros((*x.shape[:-1], w.n), x.dtype)
     config = config or choose(m, w)
-    # Mosaic is imported when it is needed: a CPU does without.
-    if isinstance(config, PrefillConfig):
-        from jq.pallas_kernels.w4a16_prefill import prefill as kernel
-    else:
-        from jq.pallas_kernels.w4a16_decode import decode as kernel
     rows = x.reshape(m, w.k)
     if m > _TILE_ROWS and m % _TILE_ROWS:
         rows = jnp.pad(rows, ((0, -m % _TILE_ROWS), (0, 0)))
-    return kernel(rows, w, config, interpret)[:m].reshape(*x.shape[:-1], w.n)
+    # Mosaic is imported when it is needed: a CPU does without.
+    if isinstance(config, PrefillConfig):
+        from jq.pallas_kernels.w4a16_prefill import prefill
+
+        y = prefill(rows, w, config, interpret)
+    else:
+        from jq.pallas_kernels.w4a16_decode import decode
+
+        y = decode(rows, w, config, interpret)
+    return y[:m].reshape(*x.shape[:-1], w.n)
 
 
 def w4a16_reference(x: Float[Array, "*B K"], w: W4Weight) -> Float[Array, "*B N"]:
