@@ -57,5 +57,6 @@ def interpreter(interpret: bool):
 def swizzled(shape: tuple[int, ...], dtype, swizzle: int = 128):
     """Shared memory in the tiled and swizzled order that wgmma and bank-free copies want."""
     columns = swizzle // jnp.dtype(dtype).itemsize
-    transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
+    tiling = plgpu.TilingTransform((8, columns))  # pyright: ignore[reportAbstractUsage]
+    swizzling = plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzling))

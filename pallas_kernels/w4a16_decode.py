@@ -227,7 +227,7 @@ def _compute(plan: _Plan, warpgroup, out, mailbox, *, full, empty, **shared) -> 
         lax.fori_loop(0, plan.steps, step, jnp.int32(0))
         return accumulator[...]
 
-    sums = pl.run_scoped(multiply, plgpu.ACC((plan.columns, config.block_m)))
+    sums = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((plan.columns, config.block_m)))
     part = lax.axis_index("part")
     if config.split > 1:
         _send(plan, sums, part, warpgroup, mailbox, shared)

@@ -102,16 +102,19 @@ def _shared_memory(plan: _Plan) -> dict:
     config, dtype = plan.config, jnp.dtype(plan.fmt.dtype)
     stages, warpgroups = config.stages, config.warpgroups
     copies = 3 if plan.fmt.symmetric else 4
-    empty = {"num_arrivals": warpgroups, "num_barriers": stages}
+    if config.multicast:
+        empty = plgpu.ClusterBarrier(
+            collective_axes=("pair",), num_arrivals=warpgroups, num_barriers=stages
+        )
+    else:
+        empty = plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages)
     shared = {
         "x_s": swizzled((stages, config.block_m, 64), dtype),
         "w_s": plgpu.SMEM((stages, warpgroups, 4, 128), jnp.int32),
         "scale_s": plgpu.SMEM((stages, plan.rows, config.block_n), dtype),
         "out_s": swizzled((warpgroups, config.block_m, 64), dtype),
         "full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-        "empty": plgpu.ClusterBarrier(collective_axes=("pair",), **empty)
-        if config.multicast
-        else plgpu.Barrier(**empty),
+        "empty": empty,
     }
     if not plan.fmt.symmetric:
         shared["offset_s"] = plgpu.SMEM((stages, plan.rows, config.block_n), dtype)
@@ -231,7 +234,7 @@ def _compute(plan: _Plan, warpgroup, normaliser, out, *, full, empty, **shared) 
             release(end)
             return accumulator[...], end
 
-        sums, end = pl.run_scoped(multiply, plgpu.ACC((64, config.block_m)))
+        sums, end = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((64, config.block_m)))
         y = (sums * lax.broadcast_in_dim(factor, sums.shape, [0])).astype(out.dtype)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         staged = shared["out_s"].at[warpgroup]

@@ -10,8 +10,10 @@ that any scale fits the dtype; the kernels multiply the float32 sums by what was
     zero points    a = round((u * unit * P - z * unit * P) * T),  P = 2^B, T = (scale / r) * 2^D
 
 Both round once (the first difference is exact in each), so a is exactly the rounded value of
-(u - z) * scale / r times a power of two.  A column with one scale (a per-channel weight) keeps
-nothing but powers of two before the sum: there a is exact.
+(u - z) * scale / r times a power of two.  (float16 has few exponents: in its symmetric form, groups
+with less than 1/8 of a column's largest scale lose up to 2^-17 of its largest weight.)  A column
+with one scale (a per-channel weight) keeps nothing but powers of two before the sum: there a is
+exact.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Compile W4A16 kernels for Hopper without a GPU, and say what the assembler made of them.
 
-    python tests/pallas_kernels/sass.py [--match TEXT]...        one JSON object per line
+    python tests/pallas_kernels/sass.py [--match TEXT]... [--dump FOLDER]
+
+prints one JSON object per kernel.
 
 Needs jax with jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cuda-nvcc and nvidia-cuda-nvdisasm (see
 scripts/sass_check).  Nothing runs: XLA's compile-only client, Mosaic and ptxas make the code.
@@ -44,7 +46,8 @@ class Report:
 
     registers: per thread, as assembled.  spills: bytes stored or loaded.  stack: bytes.
     shared: bytes.  warnings: the assembler's that name lost performance.
-    forbidden: local memory, and what does not belong into the loop, if found.  tensor: HGMMA instructions.
+    forbidden: local memory, and what does not belong into the loop, if found.
+    tensor: HGMMA instructions.
     slots: instructions of the innermost loop with HGMMA, per 64 x 64 tile of the weight.
     """
 
