@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -65,3 +66,16 @@ def random_qtensor(rng, k, n, spec, ordered=False) -> QTensor:
 def on_host(path, array):
     """A `place` that leaves arrays where they are."""
     return np.array(array)
+
+
+def assert_same(found, wanted):
+    """Every array bit for bit; scales may have another dtype of the same values."""
+    found, wanted = dict(tree.leaves(found)), dict(tree.leaves(wanted))
+    assert found.keys() == wanted.keys()
+    for path, want in wanted.items():
+        got = found[path]
+        assert isinstance(got, QTensor) == isinstance(want, QTensor), path
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=path, strict=True)
+        if isinstance(want, QTensor):
+            assert (got.spec, got.shape) == (want.spec, want.shape), path
