@@ -66,7 +66,19 @@ def choose_scale(
     weights = [tree.get(params, f"{linear}/kernel") for linear in group.linears]
     quantized = [(w, spec) for w, spec in zip(weights, specs, strict=True) if spec is not None]
     if isinstance(method, SmoothQuant):
-        return _smooth(group, quantized, stream, stats, method)
+        x_max, w_max = smooth_terms(group, weights, stats)
+        if method.alpha != "auto":
+            scale = smoothquant.smoothing_scale(method.alpha, x_max, w_max)
+            return Scaling(scale, jnp.float32(method.alpha))
+        loss = None
+        if len(set(specs)) == 1:
+            loss = _block_part_loss(
+                model, kind, index, params, stream, specs, _smoothed_inputs, _smoothed_weight
+            )
+        if loss is None:
+            loss = _linears_loss(quantized, stream)
+        scale, alpha, _ = smoothquant.search_alpha(x_max, w_max, loss)
+        return Scaling(scale, alpha)
     abs_mean, magnitude = awq_terms(group, quantized, stats, method)
     if not method.search_scale:
         scale = awq.scale_of(method.exponent, abs_mean, magnitude)
@@ -78,18 +90,25 @@ def choose_scale(
     return Scaling(scale, jnp.where(best == 0, jnp.nan, (best - 1) / method.n_grid))
 
 
-def _smooth(group, quantized, stream, stats, method) -> Scaling:
-    weights = [w for w, _ in quantized]
-    x_max, w_max = smooth_terms(group, weights, stats)
-    if method.alpha != "auto":
-        scale = smoothquant.smoothing_scale(method.alpha, x_max, w_max)
-        return Scaling(scale, jnp.float32(method.alpha))
-    x = stream.x.reshape(-1, stream.x.shape[-1])
+def _linears_loss(quantized: Sequence[Any], stream: Stream) -> Callable[[jax.Array], jax.Array]:
+    """Squared error of the linears' own outputs on the sample."""
+    x = jnp.asarray(stream.x).reshape(-1, stream.x.shape[-1])
     if stream.mask is not None:
         x = jnp.where(stream.mask.reshape(-1, 1), x, jnp.zeros((), x.dtype))
-    loss = total_loss([smoothquant.output_loss([w], x, spec) for w, spec in quantized])
-    scale, alpha, _ = smoothquant.search_alpha(x_max, w_max, loss)
-    return Scaling(scale, alpha)
+    return total_loss([smoothquant.output_loss([w], x, spec) for w, spec in quantized])
+
+
+def _smoothed_inputs(x: jax.Array, scale: jax.Array, spec: QuantSpec) -> jax.Array:
+    wide = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+    return smoothquant.effective_inputs(wide, scale, spec).reshape(x.shape).astype(x.dtype)
+
+
+def _smoothed_weight(w: jax.Array, scale: jax.Array, spec: QuantSpec) -> jax.Array:
+    return smoothquant.effective_weight(w.astype(jnp.float32), scale, spec)
+
+
+def _same_inputs(x: jax.Array, scale: jax.Array, spec: QuantSpec) -> jax.Array:
+    return x
 
 
 def _block_part_loss(
@@ -99,8 +118,12 @@ def _block_part_loss(
     params: Any,
     stream: Stream,
     specs: Sequence[QuantSpec | None],
+    inputs: Callable[[jax.Array, jax.Array, Any], jax.Array] = _same_inputs,
+    weight: Callable[[jax.Array, jax.Array, Any], jax.Array] = awq.effective_weight,
 ) -> Callable[[jax.Array], jax.Array] | None:
     """Squared error of the attention's or the MLP's output when this group is rounded.
+
+    `inputs` and `weight` give what a scale makes of the group's input and of a kernel.
 
     That is the error of the next group's input, seen through the next group's weights.
 
@@ -132,14 +155,15 @@ def _block_part_loss(
 
     def loss(scale: Float[Array, "K"]) -> jax.Array:
         kernels = [
-            w if spec is None else awq.effective_weight(w, scale, spec)
+            w if spec is None else weight(w, scale, spec)
             for w, spec in zip(weights, specs, strict=True)
         ]
         run = outputs(kernels)
 
         def add(total, part):
-            target, inputs = part
-            return total + jnp.sum(jnp.square((run(inputs) - target) @ following)), None
+            target, sample = part
+            sample = sample._replace(x=inputs(sample.x, scale, specs[0]))
+            return total + jnp.sum(jnp.square((run(sample) - target) @ following)), None
 
         total, _ = lax.scan(add, jnp.float32(0), (targets, stream))
         return total

@@ -66,7 +66,7 @@ PRESETS: dict[str, Preset] = {
     "rtn": Preset("4-bit weights; round to nearest, needs no calibration", RTN()),
     "smoothquant": Preset(
         "int8 weights and activations; outliers moved from activations into weights",
-        SmoothQuant(),
+        SmoothQuant(alpha="auto"),
         bits=8,
         group_size=-1,
         symmetric=True,
@@ -74,7 +74,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "smoothquant-fp8": Preset(
         "fp8 weights and activations, smoothed",
-        SmoothQuant(),
+        SmoothQuant(alpha="auto"),
         kind="fp8",
         bits=8,
         group_size=-1,

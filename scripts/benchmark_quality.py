@@ -60,15 +60,15 @@ WEIGHT_ONLY: dict[str, Method] = {
 
 EIGHT_BIT: dict[str, tuple[QuantSpec, Method]] = {
     "int8": (w8a8("int8"), RTN()),
-    "int8 SmoothQuant": (w8a8("int8"), SmoothQuant()),
-    "int8 SmoothQuant auto": (w8a8("int8"), SmoothQuant(alpha="auto", smooth="all")),
+    "int8 SmoothQuant": (w8a8("int8"), SmoothQuant(alpha="auto")),
+    "int8 SmoothQuant alpha 0.8": (w8a8("int8"), SmoothQuant(alpha=0.8)),
     "int8 static": (w8a8("int8", activation="tensor", static=True), RTN()),
     "int8 static SmoothQuant": (
         w8a8("int8", activation="tensor", static=True),
         SmoothQuant(alpha="auto", smooth="all"),
     ),
     "fp8": (w8a8(FP8), RTN()),
-    "fp8 SmoothQuant": (w8a8(FP8), SmoothQuant()),
+    "fp8 SmoothQuant": (w8a8(FP8), SmoothQuant(alpha="auto")),
 }
 
 COLUMNS = (

@@ -36,8 +36,8 @@ class SmoothQuant:
 
     alpha: migration strength: how much of the difficulty moves from activations to weights.  The
       authors use 0.5 (OPT, BLOOM), 0.75 (GLM), 0.8 (LLaMA-1, Mistral, Mixtral), 0.85 (Llama-2,
-      Llama-3), 0.9 (Llama-2-70B). "auto" tries 0, 0.05, ..., 1 for each group of linears and keeps
-      the least output error.
+      Llama-3), 0.9 (Llama-2-70B). "auto" tries 0, 0.05, ..., 1, and no smoothing, for each
+      group of linears and keeps the least output error.
     smooth: "norm" smooths what a norm produces (the paper); "all" also what a linear produces (v ->
       o, up -> down).
     search_tokens: calibration tokens for alpha="auto".
@@ -78,11 +78,19 @@ def smoothing_scale(
 def search_alpha(
     x_max: Float[Array, "K"], w_max: Float[Array, "K"], loss: Callable[[jax.Array], jax.Array]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The scale with the least loss over AUTO_ALPHAS: (scale [K], alpha, losses)."""
-    alphas = jnp.asarray(AUTO_ALPHAS, jnp.float32)
-    losses = lax.map(lambda alpha: loss(smoothing_scale(alpha, x_max, w_max)), alphas)
+    """The scale with the least loss: that of one of AUTO_ALPHAS, or none.
+
+    No alpha gives scales of 1, which are the best where no channel stands out.
+    Returns: (scale [K], alpha, losses); losses[0] is that of no smoothing, for which alpha is NaN.
+    """
+    alphas = jnp.asarray((jnp.nan, *AUTO_ALPHAS), jnp.float32)
+
+    def scale_of(alpha: jax.Array) -> jax.Array:
+        return jnp.where(jnp.isnan(alpha), 1.0, smoothing_scale(alpha, x_max, w_max))
+
+    losses = lax.map(lambda alpha: loss(scale_of(alpha)), alphas)
     best = jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf))
-    return smoothing_scale(alphas[best], x_max, w_max), alphas[best], losses
+    return scale_of(alphas[best]), alphas[best], losses
 
 
 def output_loss(
@@ -96,15 +104,26 @@ def output_loss(
     target = dot(x, w)
 
     def loss(scale: jax.Array) -> jax.Array:
-        smooth = w * scale[:, None]
-        groups = grid.split_groups(smooth, spec)
-        step, zero = grid.scale_and_zero(*grid.weight_range(groups, spec), spec)
-        rounded = grid.fake_quantize(groups, step, zero, spec).reshape(w.shape)
-        return jnp.sum(
-            jnp.square(dot(fake_activations(x / scale[None, :], spec), rounded) - target)
-        )
+        inputs, rounded = effective_inputs(x, scale, spec), effective_weight(w, scale, spec)
+        return jnp.sum(jnp.square(dot(inputs, rounded) - target))
 
     return loss
+
+
+def effective_weight(
+    w: Float[Array, "K N"], scale: Float[Array, "K"], spec: QuantSpec
+) -> Float[Array, "K N"]:
+    """Q(s W) / s: what the rounded weight does to unscaled inputs."""
+    groups = grid.split_groups(w * scale[:, None], spec)
+    step, zero = grid.scale_and_zero(*grid.weight_range(groups, spec), spec)
+    return grid.fake_quantize(groups, step, zero, spec).reshape(w.shape) / scale[:, None]
+
+
+def effective_inputs(
+    x: Float[Array, "T K"], scale: Float[Array, "K"], spec: QuantSpec
+) -> Float[Array, "T K"]:
+    """s Q(x / s): what the rounded activations are to unscaled weights."""
+    return fake_activations(x / scale[None, :], spec) * scale[None, :]
 
 
 def fake_activations(x: Float[Array, "T K"], spec: QuantSpec) -> Float[Array, "T K"]:

@@ -74,22 +74,34 @@ def test_auto_takes_the_best_alpha(name):
     # Rounded scales: with unrounded ones each column's lowest weight is a tie, see test_gptq.
     spec = dataclasses.replace(SPECS[name], scale_dtype="bfloat16")
     scale, alpha, losses = search(x, weights, spec)
-    scales = [oracle.scale(a, x, weights) for a in AUTO_ALPHAS]
+    scales = [np.ones(x.shape[1]), *(oracle.scale(a, x, weights) for a in AUTO_ALPHAS)]
     expected = np.array([oracle.loss(x, weights, s, spec) for s in scales])
     np.testing.assert_allclose(losses, expected, rtol=3e-3)
     # Two alphas may be as good as each other; the one that was taken is as good as the best.
     chosen = int(np.argmin(np.asarray(losses)))
     assert expected[chosen] <= expected.min() * (1 + 1e-3)
-    assert alpha == pytest.approx(AUTO_ALPHAS[chosen])
+    assert alpha == pytest.approx((np.nan, *AUTO_ALPHAS)[chosen], nan_ok=True)
     np.testing.assert_allclose(scale, scales[chosen], rtol=1e-5)
 
 
 def test_smoothing_helps_where_the_paper_says():
     """Outlier channels and one scale for all of x: smoothing takes most of the error away."""
     x, weights = problem(4)
-    _, _, losses = search(x, weights, SPECS["int8 tensor"])
+    _, alpha, losses = search(x, weights, SPECS["int8 tensor"])
     unsmoothed = oracle.loss(x, weights, np.ones(32), SPECS["int8 tensor"])
     assert losses.min() < 0.3 * unsmoothed
+    assert alpha > 0
+
+
+def test_auto_leaves_alone_what_no_alpha_helps():
+    x_max, w_max = jnp.asarray([1.0, 2.0, 8.0]), jnp.asarray([0.5, 3.0, 1.0])
+    scale, alpha, losses = smoothquant.search_alpha(
+        x_max, w_max, lambda scale: jnp.sum(jnp.square(scale - 1.0))
+    )
+    assert np.isnan(alpha)
+    np.testing.assert_array_equal(scale, np.ones(3))
+    assert losses.shape == (1 + len(AUTO_ALPHAS),)
+    assert losses[0] == 0 < losses[1:].min()
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.5])
