@@ -74,7 +74,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "smoothquant-fp8": Preset(
         "fp8 weights and activations, smoothed",
-        SmoothQuant(alpha="auto"),
+        SmoothQuant(alpha="auto", smooth="all"),
         kind="fp8",
         bits=8,
         group_size=-1,

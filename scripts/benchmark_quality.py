@@ -68,7 +68,7 @@ EIGHT_BIT: dict[str, tuple[QuantSpec, Method]] = {
         SmoothQuant(alpha="auto", smooth="all"),
     ),
     "fp8": (w8a8(FP8), RTN()),
-    "fp8 SmoothQuant": (w8a8(FP8), SmoothQuant(alpha="auto")),
+    "fp8 SmoothQuant": (w8a8(FP8), SmoothQuant(alpha="auto", smooth="all")),
 }
 
 COLUMNS = (

@@ -20,7 +20,7 @@ from jq.spec import FP8, ActivationSpec, QuantSpec, w4a16, w8a8
         ("awq", w4a16(128, symmetric=False), AWQ()),
         ("rtn", w4a16(128, symmetric=False), RTN()),
         ("smoothquant", w8a8(), SmoothQuant(alpha="auto")),
-        ("smoothquant-fp8", w8a8(FP8), SmoothQuant(alpha="auto")),
+        ("smoothquant-fp8", w8a8(FP8), SmoothQuant(alpha="auto", smooth="all")),
         ("int8", w8a8(), RTN()),
         ("fp8", w8a8(FP8), RTN()),
     ],
