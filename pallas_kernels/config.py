@@ -17,8 +17,8 @@ class DecodeConfig:
     warpgroups: that multiply, beside the one that copies: 1, 2 or 3.
     tiles: 64-column tiles of each of them, 1 or 2.
     split: blocks of a cluster that share the inputs: 1, 2, 4 or 8.
-    pdl: start while the kernel before is still running (programmatic dependent launch) and read
-      weights until it ends.
+    pdl: start while the kernel before is still running (programmatic dependent launch), where that
+      one allows it, and read weights until it ends; allow the same to the next one.
     """
 
     block_m: int = 16

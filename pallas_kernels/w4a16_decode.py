@@ -174,6 +174,8 @@ def _copy(plan: _Plan, x, w, normaliser, scale, offset, *, full, empty, **shared
         return _next(slot, config.stages)
 
     lax.fori_loop(0, plan.steps, step, jnp.int32(0))
+    if config.pdl and not plan.interpret:
+        plgpu.griddepcontrol_launch_dependents()
     # The last stage is not handed back; the others are waited for before the block may end.
     for i in range(max(0, plan.steps - config.stages), plan.steps - 1):
         plgpu.barrier_wait(empty.at[i % config.stages])
@@ -229,6 +231,8 @@ def _compute(plan: _Plan, warpgroup, out, mailbox, *, full, empty, **shared) -> 
 
     sums = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((plan.columns, config.block_m)))
     part = lax.axis_index("part")
+    # Every block waits, or one could end while its copy is under way.
+    plgpu.barrier_wait(shared["ready"])
     if config.split > 1:
         _send(plan, sums, part, warpgroup, mailbox, shared)
 
@@ -237,7 +241,6 @@ def _compute(plan: _Plan, warpgroup, out, mailbox, *, full, empty, **shared) -> 
         total = sums
         if config.split > 1:
             total = _receive(plan, sums, warpgroup, mailbox, shared)
-        plgpu.barrier_wait(shared["ready"])
         own = pl.ds(warpgroup * plan.columns, plan.columns)
         factor = plgpu.load(shared["normaliser_s"].at[own], layout=ROWS)
         y = (total * lax.broadcast_in_dim(factor, total.shape, [0])).astype(out.dtype)

@@ -48,6 +48,7 @@ class Report:
     shared: bytes.  warnings: the assembler's that name lost performance.
     forbidden: local memory, and what does not belong into the loop, if found.
     tensor: HGMMA instructions.
+    drains: waits in the loop for all of them, which let no dequantization overlap.
     slots: instructions of the innermost loop with HGMMA, per 64 x 64 tile of the weight.
     """
 
@@ -59,6 +60,7 @@ class Report:
     warnings: list[str]
     forbidden: list[str]
     tensor: int
+    drains: int
     slots: float
 
 
@@ -100,28 +102,32 @@ def compile_kernel(function, arguments, device) -> dict[str, str]:
         return {s: pathlib.Path(f"{stem}.{s}").read_text() for s in suffixes}
 
 
-def innermost_loop(sass: str, opcode: str) -> collections.Counter:
-    """Instructions of the shortest loop that holds the opcode."""
+def count(sass: str) -> collections.Counter:
+    """Instructions by opcode, without its modifiers."""
+    return collections.Counter(INSTRUCTION.findall(sass))
+
+
+def innermost_loop(sass: str, opcode: str) -> str:
+    """The shortest loop that holds the opcode."""
     lines = sass.splitlines()
     labels = {
         m.group(1): i for i, line in enumerate(lines) if (m := re.match(r"\s*(\.L_\w+):", line))
     }
-    best = None
+    loops = []
     for end, line in enumerate(lines):
         target = re.search(r"\bBRA\b.*?(\.L_\w+)", line)
-        start = labels.get(target.group(1), end) if target else end
-        body = collections.Counter(INSTRUCTION.findall("\n".join(lines[start : end + 1])))
-        if start < end and body[opcode] and (best is None or body.total() < best.total()):
-            best = body
-    assert best is not None, f"no loop with {opcode}"
-    return best
+        if target and labels.get(target.group(1), end) < end:
+            loops.append("\n".join(lines[labels[target.group(1)] : end + 1]))
+    loops = [loop for loop in loops if count(loop)[opcode]]
+    assert loops, f"no loop with {opcode}"
+    return min(loops, key=len)
 
 
 def inspect(name: str, dumps: dict[str, str]) -> Report:
     log, sass = dumps["ptxas"], dumps["sass_ctrl"]
     spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", log)
-    opcodes = collections.Counter(INSTRUCTION.findall(sass))
-    loop = innermost_loop(sass, "HGMMA")
+    opcodes, text = count(sass), innermost_loop(sass, "HGMMA")
+    loop = count(text)
     return Report(
         name=name,
         registers=int(re.search(r"Used (\d+) registers", log).group(1)),
@@ -132,6 +138,7 @@ def inspect(name: str, dumps: dict[str, str]) -> Report:
         forbidden=[opcode for opcode in FORBIDDEN if opcodes[opcode]]
         + [f"{opcode} in the loop" for opcode in SLOW_IN_LOOP if loop[opcode]],
         tensor=opcodes["HGMMA"],
+        drains=len(re.findall(r"DEPBAR\.LE gsb0, 0x0\b", text)),
         # Four instructions multiply a tile: one for each 16 inputs.
         slots=loop.total() / (loop["HGMMA"] / 4),
     )

@@ -66,6 +66,7 @@ def test_the_bounds_leave_time_for_the_memory(bounds):
 def test_machine_code(assembled, bounds, name):
     report = assembled[name]
     assert report["tensor"] >= 8, "wgmma takes the operands in two slices of four instructions"
+    assert report["drains"] == 0
     assert report["spills"] == report["stack"] == 0
     assert report["warnings"] == [], "the assembler serialized wgmma"
     assert report["forbidden"] == []
