@@ -134,7 +134,7 @@ def quantize_checkpoint(
             progress=progress,
         )
         report = RunReport(journal.target, journal.reports, 0.0, resumed)
-        if schemes is None:
+        if target == "orbax" or schemes is None:
             opened = CheckpointWriter(out, config_files_from=model_path, overwrite=overwrite)
         else:
             opened = ExportWriter(
