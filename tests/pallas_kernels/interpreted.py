@@ -12,6 +12,7 @@ if __name__ == "__main__":
     os.environ["NPROC"] = "48"
     os.environ["JAX_PLATFORMS"] = "cpu"
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -24,6 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jq.pallas_kernels import w4a16_decode
+from jq.pallas_kernels.compat import plgpu
 from jq.pallas_kernels.config import Config, DecodeConfig, PrefillConfig
 from jq.pallas_kernels.w4a16_decode import decode
 from jq.pallas_kernels.w4a16_prefill import prefill
@@ -85,21 +88,44 @@ def weight(k: int, n: int, group_size: int | None, zero: bool, dtype: str) -> W4
     return jax.jit(functools.partial(w4_weight, dtype=dtype))(codes, scale, zeros)
 
 
-def main() -> None:
+# Run once more with a mistake in it, to see that mistakes are seen.
+BROKEN = Case(DecodeConfig(8, slices=2, stages=2), 8, 512, 64)
+
+
+class WithoutFences:
+    """Mosaic's names, but that nothing orders ordinary accesses to shared memory with copies."""
+
+    def __getattr__(self, name):
+        return getattr(plgpu, name)
+
+    def commit_smem(self) -> None:
+        pass
+
+
+def result(case: Case) -> dict:
     from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
 
+    w = weight(case.k, case.n, case.group_size, case.zero, case.dtype)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(case.m, case.k)), case.dtype)
+    y = np.asarray(case.run(x, w), np.float64)
+    expected = np.asarray(x, np.float64) @ np.asarray(jax.jit(dequantize)(w), np.float64)
+    return {
+        "name": case.name,
+        "error": np.linalg.norm(y - expected) / np.linalg.norm(expected),
+        "worst": np.max(np.abs(y - expected)) / np.max(np.abs(expected)),
+        "races": bool(interpreter.get_races().races_found),
+    }
+
+
+def main() -> None:
     for case in CASES:
-        if sys.argv[1:] and not any(text in case.name for text in sys.argv[1:]):
-            continue
-        w = weight(case.k, case.n, case.group_size, case.zero, case.dtype)
-        x = jnp.asarray(np.random.default_rng(0).normal(size=(case.m, case.k)), case.dtype)
-        y = np.asarray(case.run(x, w), np.float64)
-        expected = np.asarray(x, np.float64) @ np.asarray(jax.jit(dequantize)(w), np.float64)
-        error = np.linalg.norm(y - expected) / np.linalg.norm(expected)
-        worst = np.max(np.abs(y - expected)) / np.max(np.abs(expected))
-        races = bool(interpreter.get_races().races_found)
-        result = {"name": case.name, "error": error, "worst": worst, "races": races}
-        print(json.dumps(result), flush=True)
+        if not sys.argv[1:] or any(text in case.name for text in sys.argv[1:]):
+            print(json.dumps(result(case)), flush=True)
+    w4a16_decode.plgpu = WithoutFences()
+    # The interpreter describes races on the standard output.
+    with contextlib.redirect_stdout(sys.stderr):
+        broken = result(BROKEN)
+    print(json.dumps(broken | {"name": "broken"}), flush=True)
 
 
 if __name__ == "__main__":

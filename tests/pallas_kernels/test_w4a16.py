@@ -45,6 +45,12 @@ def test_schedule(interpretations, case):
     assert result["worst"] < 4 * TOLERANCE[case.dtype]
 
 
+@pytest.mark.slow
+def test_mistakes_would_be_seen(interpretations):
+    """Without its fences, the decode kernel's copies race with the loads before them."""
+    assert interpretations["broken"]["races"]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("zero", [False, True], ids=["symmetric", "zero"])
 def test_preparation(dtype, zero):
