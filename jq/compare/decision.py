@@ -229,6 +229,7 @@ class _Decider:
             names = _list([j.arm for j in equals if j is not chosen])
             reasons.append(f"Its perplexity cannot be told from that of {names}.")
         reasons += [_open(j) for j in self.judged if j.standing == "open"]
+        reasons += self._busy()
         windows = self.comparison.spec["evaluation"]["windows"]
         if windows < FEW_WINDOWS:
             reasons.append(
@@ -267,6 +268,20 @@ class _Decider:
         if rise.noise:
             return f"Its perplexity differs from the original's by {text}: inside the noise."
         return f"Its perplexity differs from the original's by {text}."
+
+    def _busy(self) -> list[str]:
+        """A warning about times that were taken while others wanted the processors as well."""
+        if self.objective == "size":
+            return []
+        loads = {r.name: r.raw.get("load") for r in self.comparison.results if r.done}
+        busy = {name: load for name, load in loads.items() if load and load[0] > load[1] + 1}
+        if not busy:
+            return []
+        load, processors = max(busy.values())
+        return [
+            f"Others used the machine while {_list(list(busy))} were timed ({load:.1f} processes "
+            f"for {processors:.0f} processors): such times say little; repeat on a quiet machine."
+        ]
 
     def _bound(self, near: Sequence[Judged]) -> str:
         """Which constraint kept the choice from the cheapest arm of all."""

@@ -7,6 +7,7 @@ reported belongs to it alone. Results are JSON values.
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -97,7 +98,7 @@ def measure(job: Job, progress: StageProgress) -> dict[str, Any]:
     folder = job.folder / "arms" / job.arm.name if quantized else job.model
     progress(0, 1, "loading")
     model, params = load(folder)
-    result: dict[str, Any] = {"size": _size(params, folder)}
+    result: dict[str, Any] = {"size": _size(params, folder), "load": _load()}
     # From here on what inference runs on, so that its numbers and its memory are what is measured.
     params = prepare(params, dtype=model.dtype)
     result["speed"] = None if job.timing is None else _speed(model, params, job.timing, progress)
@@ -144,6 +145,13 @@ def _size(params: Any, folder: Path) -> dict[str, Any]:
         "weight_bytes": total,
         "disk_bytes": sum(p.stat().st_size for p in stored),
     }
+
+
+def _load() -> list[float] | None:
+    """Processes that want to run (the system's average of a minute) and the processors for them."""
+    if not hasattr(os, "getloadavg"):
+        return None
+    return [os.getloadavg()[0], float(os.cpu_count() or 1)]
 
 
 def _speed(

@@ -116,6 +116,14 @@ def test_few_windows_are_warned_of():
     assert any(r.startswith("6 windows are few") for r in found.reasons)
 
 
+def test_times_of_a_busy_machine_are_warned_of():
+    arms = {"rtn": done(ms=5, load=[2.9, 2.0]), "awq": done(ms=8, kl=0.01, load=[9.5, 2.0])}
+    (warning,) = [r for r in decided(**arms).reasons if r.startswith("Others used")]
+    assert "while awq were timed (9.5 processes for 2 processors)" in warning
+    by_size = decided(**arms, options={"objective": "size"})
+    assert not any(r.startswith("Others used") for r in by_size.reasons)
+
+
 def test_tasks_have_a_budget_of_their_own():
     good, bad = [1.0] * 80 + [0.0] * 20, [1.0] * 60 + [0.0] * 40
     arms = {"rtn": done(ms=5, tasks={"quiz": bad}), "awq": done(ms=8, tasks={"quiz": good})}

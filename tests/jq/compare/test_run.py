@@ -15,7 +15,7 @@ from jq.models import HFCheckpoint
 from tests.cli import folders
 
 NUMBERS = Numbers(group_size=32)
-MEASURED = ("size", "speed", "memory", "quality", "tasks")
+MEASURED = ("size", "load", "speed", "memory", "quality", "tasks")
 TOKENS = np.random.default_rng(0).integers(0, 280, 32 * 4 + 5)
 
 
@@ -74,6 +74,7 @@ def test_speed_and_errors_of_linears_are_there(first):
     for result in comparison.results:
         assert result.speed[0]["batch_size"] == 1
         assert len(result.speed[0]["decode_step_seconds"]) == 3
+        assert result.raw["load"][1] >= 1
     assert len(comparison.find("rtn").linears) == folders.LINEARS
     assert comparison.find("original").linears == ()
 
