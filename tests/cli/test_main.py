@@ -104,10 +104,16 @@ def test_signals_leave_nothing_half_written(call, monkeypatch, tiny, tmp_path, n
     done = call("quantize", tiny, "--out", tmp_path / "q", "--method", "int8")
     assert done.code == code
     assert "nothing half-written was left" in done.err
+    assert "finished blocks are kept: the same command goes on from there" in done.err
     assert len(seen) == 6
     assert all(seen)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".q.journal"]
     assert signal.getsignal(signal.SIGTERM) is before
+    monkeypatch.undo()
+    done = call("quantize", tiny, "--out", tmp_path / "q", "--method", "int8")
+    assert done.code == 0
+    assert "1 of 2 blocks were finished by an earlier run" in done.err
+    assert [path.name for path in tmp_path.iterdir()] == ["q"]
 
 
 def test_a_signal_waits_for_the_commit(call, monkeypatch, tiny, tmp_path):
