@@ -286,8 +286,8 @@ class _BlockWork:
         jax.block_until_ready(work)
         seconds = time.perf_counter() - start
         report = BlockReport(self.name, tuple(self.reports), seconds)
-        last = stream is None or self.name == self.model.block_names[-1]
-        hidden = None if last else stream.x
+        last = self.name == self.model.block_names[-1]
+        hidden = None if stream is None or last else stream.x
         return QuantizedBlock(self.name, work, report, hidden), stream
 
     def _calibrate(self, params: Any, stream: Stream) -> tuple[Any, Stream]:

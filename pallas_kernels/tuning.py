@@ -36,27 +36,36 @@ def bucket(m: int) -> int:
     return next((b for b in BUCKETS if m <= b), 0)
 
 
-def table(rows: Iterable[Mapping[str, Any]]) -> dict[Key, Config]:
+def table(rows: Iterable[Mapping[str, Any]]) -> dict[Key, Config | None]:
     """A tuning table from rows of measurements.
 
     Each row has `k`, `n`, `m`, `dtype`, `group_size` (None per channel), `symmetric`, `kernel`
-    ("decode" or "prefill") and `config`, the fields of that kernel's Config.
+    ("decode" or "prefill") and `config`, the fields of that kernel's Config.  Where XLA's own
+    product was faster than every config, `kernel` is "reference" and the entry None.
     Raises: KeyError, TypeError or ValueError for rows that are none; ValueError for two rows with
       the same key.
     """
     configs = {"decode": DecodeConfig, "prefill": PrefillConfig}
-    result: dict[Key, Config] = {}
+    result: dict[Key, Config | None] = {}
     for row in rows:
         fmt = (row["dtype"], row["group_size"], row["symmetric"])
         key = Key(row["k"], row["n"], bucket(row["m"]), *fmt)
         if key in result:
             raise ValueError(f"two measurements for {key}: keep the faster one")
-        result[key] = configs[row["kernel"]](**row["config"])
+        kernel = row["kernel"]
+        result[key] = None if kernel == "reference" else configs[kernel](**row["config"])
     return result
 
 
 # No measurement has been made yet.
-TABLE: dict[Key, Config] = table(())
+TABLE: dict[Key, Config | None] = table(())
+
+
+def slower_than_xla(
+    m: int, k: int, n: int, *, dtype: str, group_size: int | None, symmetric: bool
+) -> bool:
+    """Whether no config was measured to be as fast as XLA's own product."""
+    return TABLE.get(Key(k, n, bucket(m), dtype, group_size, symmetric), True) is None
 
 
 def choose(

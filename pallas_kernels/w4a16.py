@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
@@ -72,8 +72,11 @@ def choose(m: int, w: W4Weight) -> DecodeConfig | PrefillConfig:
     """The tile sizes that `w4a16` takes for m rows."""
     from jq.pallas_kernels import tuning
 
-    fmt = {"dtype": w.dtype, "group_size": w.group_size, "symmetric": w.symmetric}
-    return tuning.choose(m, w.k, w.n, **fmt)
+    return tuning.choose(m, w.k, w.n, **_format(w))
+
+
+def _format(w: W4Weight) -> dict[str, Any]:
+    return {"dtype": w.dtype, "group_size": w.group_size, "symmetric": w.symmetric}
 
 
 def supported(w: W4Weight, m: int, compute_capability: tuple[int, int] | str) -> str | None:
@@ -94,7 +97,13 @@ def supported(w: W4Weight, m: int, compute_capability: tuple[int, int] | str) ->
         return f"the weight is stacked, {w.shape}: index or scan over the leading axes first"
     if m < 1:
         return "there are no rows"
-    return unsupported_format(w.k, w.n, w.group_size, w.dtype)
+    if reason := unsupported_format(w.k, w.n, w.group_size, w.dtype):
+        return reason
+    from jq.pallas_kernels import tuning
+
+    if tuning.slower_than_xla(m, w.k, w.n, **_format(w)):
+        return f"XLA's own product was measured to be faster for {m} rows of this shape"
+    return None
 
 
 def _check(x, w: W4Weight) -> None:

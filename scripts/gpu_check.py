@@ -111,7 +111,8 @@ def summarize(results: Results, out: Path) -> int:
 
         found = table.rows(results.data)
         results.data["table"], results.data["goals"] = found, table.goals(found, results.data)
-        results.data["tuning_rows"] = tune.table_rows(results.data["facts"].get("tuned", {}))
+        tuned, xla = results.data["facts"].get("tuned", {}), table.dequantize_times(results.data)
+        results.data["tuning_rows"] = tune.table_rows(tuned, xla)
         text = table.text(results.data)
     except Exception as error:  # the results themselves are there all the same
         text = f"no summary: {type(error).__name__}: {error}\n"

@@ -44,6 +44,15 @@ def rows(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+def dequantize_times(data: Mapping[str, Any]) -> dict[tuple[int, int, int], float]:
+    """(k, n, m) -> microseconds of XLA dequantizing and multiplying."""
+    results = data["sections"].get("benchmark", {}).get("results", {})
+    times = _times(results.values())
+    return {
+        size: result["us"] for (size, method), result in times.items() if method == "dequantize"
+    }
+
+
 def _times(results: Iterable[Mapping[str, Any]]) -> dict[Any, Mapping[str, Any]]:
     return {((r["k"], r["n"], r["m"]), r["method"]): r for r in results if 0.5 < r["rms"] < 2.5}
 

@@ -75,13 +75,22 @@ def time_candidate(
     return {**told, "problem": p.key, "config": item["config"]}
 
 
-def table_rows(tuned: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What `best` found, as `jq.pallas_kernels.tuning.table` takes it."""
+def table_rows(
+    tuned: Mapping[str, Mapping[str, Any]], xla: Mapping[tuple[int, int, int], float]
+) -> list[dict[str, Any]]:
+    """What `best` found, as `jq.pallas_kernels.tuning.table` takes it.
+
+    xla: (k, n, m) -> microseconds of dequantizing and multiplying with XLA, where it was timed; a
+    product for which that was the fastest is left to it.
+    """
     rows = []
     for entry in tuned.values():
-        config = {name: value for name, value in entry["config"].items() if name != "kind"}
         p = Problem(entry["m"], entry["k"], entry["n"])
         row = {"k": p.k, "n": p.n, "m": p.m, **p.format}
+        if xla.get((p.k, p.n, p.m), float("inf")) < entry["us"]:
+            rows.append({**row, "kernel": "reference"})
+            continue
+        config = {name: value for name, value in entry["config"].items() if name != "kind"}
         rows.append({**row, "kernel": entry["config"]["kind"], "config": config})
     return rows
 

@@ -171,6 +171,23 @@ def test_measurements_come_before_the_heuristic(monkeypatch):
         tuning.table([row, row])
 
 
+def test_what_xla_was_faster_at_is_left_to_it(monkeypatch):
+    w = jax.eval_shape(
+        lambda: weight.w4_weight(
+            jnp.zeros((128, 64), jnp.uint8), jnp.ones((1, 64)), None, dtype="bfloat16"
+        )
+    )
+    row = {"k": 128, "n": 64, "m": 16, "dtype": "bfloat16", "group_size": w.group_size}
+    row |= {"symmetric": True, "kernel": "reference"}
+    assert w4a16.supported(w, 9, (9, 0)) is None
+    monkeypatch.setattr(tuning, "TABLE", tuning.table([row]))
+    assert "measured to be faster for 9 rows" in w4a16.supported(w, 9, (9, 0))
+    assert w4a16.supported(w, 8, (9, 0)) is None
+    # Asked for by name, the kernel still has tile sizes.
+    fmt = {"dtype": "bfloat16", "group_size": w.group_size, "symmetric": True}
+    assert tuning.choose(9, 128, 64, **fmt) in tuning.CANDIDATES
+
+
 @pytest.mark.parametrize("m", [1, 8, 9, 4096, 4097])
 def test_buckets(m):
     found = tuning.bucket(m)

@@ -126,9 +126,21 @@ def test_the_best_of_what_was_tried():
     learn("refine", {"b": tried(6.0), "c": tried(4.0)}, facts)
     assert facts["tuned"]["p"]["us"] == 4.0
     json.dumps(facts)
-    (row,) = tune.table_rows(facts["tuned"])
-    (config,) = tuning.table([row]).values()
-    assert config == config_of(facts["tuned"]["p"]["config"])
+    size = (64, 64, 1)
+    for xla in ({}, {size: 4.5}):
+        (row,) = tune.table_rows(facts["tuned"], xla)
+        (config,) = tuning.table([row]).values()
+        assert config == config_of(facts["tuned"]["p"]["config"])
+    (row,) = tune.table_rows(facts["tuned"], {size: 3.5})
+    assert tuple(tuning.table([row]).values()) == (None,)
+
+
+def test_times_of_xla_are_those_of_the_benchmark():
+    times = table.dequantize_times(DATA)
+    assert times
+    benchmark = DATA["sections"]["benchmark"]["results"].values()
+    assert set(times.values()) <= {r["us"] for r in benchmark if r["method"] == "dequantize"}
+    assert table.dequantize_times({"sections": {}}) == {}
 
 
 def test_what_is_learned_of_the_machine():
