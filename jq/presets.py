@@ -52,7 +52,7 @@ class Preset:
 
 PRESETS: dict[str, Preset] = {
     "gptq": Preset(
-        "4-bit weights; rounding that compensates its own error, group-aware act order",
+        "4-bit weights; rounding that compensates its own error, group-aware, searched clipping",
         GPTQ(act_group_aware=True, clip="mse"),
     ),
     "gptq-act-order": Preset(
