@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from jq.compare.report.svg import spread
+
 # Okabe and Ito's colours, told apart by colour-blind readers too, and a marker for each.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
@@ -229,17 +231,3 @@ def _side_by_side(cluster: Sequence[Point]) -> list[float]:
         before = sum(math.isclose(p.x, other.x, rel_tol=0.002) for other in cluster[: len(places)])
         places.append(p.x * 1.015 ** (before - (equal - 1) / 2))
     return places
-
-
-def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Ascending heights moved at least `gap` apart, with the least sum of squared moves."""
-    # Less i gaps each, that is isotonic regression: neighbours out of order share their mean.
-    runs: list[tuple[float, int]] = []
-    for i, height in enumerate(heights):
-        total, count = height - i * gap, 1
-        while runs and runs[-1][0] / runs[-1][1] >= total / count:
-            total, count = total + runs[-1][0], count + runs[-1][1]
-            runs.pop()
-        runs.append((total, count))
-    means = [total / count for total, count in runs for _ in range(count)]
-    return [mean + i * gap for i, mean in enumerate(means)]
