@@ -107,7 +107,7 @@ def _smoothed_weight(w: jax.Array, scale: jax.Array, spec: QuantSpec) -> jax.Arr
     return smoothquant.effective_weight(w.astype(jnp.float32), scale, spec)
 
 
-def _same_inputs(x: jax.Array, scale: jax.Array, spec: QuantSpec) -> jax.Array:
+def _same_inputs(x: jax.Array, scale: jax.Array, spec: QuantSpec | None) -> jax.Array:
     return x
 
 

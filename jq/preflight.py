@@ -37,6 +37,8 @@ def check_rules(
         tensors in full precision cannot be judged.
     """
     deciding = {path: resolve(recipe, path) for path in linears}
+    if not any(deciding.values()) and not _misses_every_linear(recipe, deciding):
+        raise SpecError("the recipe quantizes nothing: no rule with a spec comes first anywhere")
     for rule in recipe:
         if rule.spec is not None:
             used = any(rule is chosen for chosen in deciding.values())
@@ -48,8 +50,12 @@ def check_rules(
                 f"rule {rule.pattern!r} decides about nothing: linears are named like "
                 "'layers_0/attention/q_proj', and earlier rules come first"
             )
-    if not any(deciding.values()):
-        raise SpecError("the recipe quantizes nothing: no rule with a spec comes first anywhere")
+
+
+def _misses_every_linear(recipe: Recipe, linears: Iterable[str]) -> bool:
+    """Whether there are rules with a spec, and none would match even if it came first."""
+    patterns = [rule.pattern for rule in recipe if rule.spec is not None]
+    return bool(patterns) and not any(re.search(p, path) for p in patterns for path in linears)
 
 
 def check_group_sizes(recipe: Recipe, linears: Shapes) -> None:

@@ -6,6 +6,7 @@ bug far more often than a wish. A test that has to run foreign code which mixes 
 """
 
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX is imported
@@ -16,6 +17,9 @@ import pytest
 from tests import checking
 
 checking.install("jq")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell has started the tests in the background; those of interruptions send the signal.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -73,7 +73,7 @@ def test_full_precision_needs_no_size():
     [
         ((), "quantizes nothing"),
         ((Rule("", None, None),), "quantizes nothing"),
-        ((Rule("", None, None), Rule("", w4a16(32))), "rule '' decides about nothing"),
+        ((Rule("", None, None), Rule("", w4a16(32))), "quantizes nothing"),
         ((Rule("lm_head", w4a16(32)),), "rule 'lm_head' decides about nothing"),
         ((Rule("k_proj", None, None), Rule("", w4a16(32))), "rule 'k_proj' decides about nothing"),
         ((Rule("", w4a16(32)), Rule("q_proj", w4a16(16))), "rule 'q_proj' decides about nothing"),
