@@ -64,13 +64,13 @@ def mantissas(dtype):
 
 def exponents(dtype):
     """Of a group's scale against the column's largest: those for which nothing is lost."""
-    return range(-90, 1, 3) if dtype == "bfloat16" else range(-3, 1)
+    return range(-90, 1) if dtype == "bfloat16" else range(-3, 1)
 
 
 @pytest.mark.parametrize("high", [False, True], ids=["low", "high"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_symmetric_codes_are_rounded_once(dtype, high):
-    """All codes, all mantissas: round((u - 8) * scale), to the bit."""
+    """All codes, mantissas and exponents: round((u - 8) * scale), to the bit."""
     trick = weight.TRICKS[dtype]
     code = np.arange(16)[:, None]
     for exponent in exponents(dtype):
@@ -83,7 +83,7 @@ def test_symmetric_codes_are_rounded_once(dtype, high):
 @pytest.mark.parametrize("high", [False, True], ids=["low", "high"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_codes_with_zero_points_are_rounded_once(dtype, high):
-    """All codes, all zero points, all mantissas: round((u - z) * scale), to the bit."""
+    """All codes, zero points, mantissas and exponents: round((u - z) * scale), to the bit."""
     trick = weight.TRICKS[dtype]
     base = trick.unit + trick.zero[0]
     code, zero = np.arange(16)[:, None, None], np.arange(16)[None, :, None]
