@@ -165,6 +165,8 @@ class Journal:
 
     def remove(self) -> None:
         """Forget everything."""
+        # First: what is left of a removal that is cut short counts as nothing.
+        (self.folder / _RUN).unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
         self._done = {}
 

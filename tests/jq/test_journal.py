@@ -241,6 +241,12 @@ def test_a_damaged_block_is_noticed_when_loaded(folder, calibration, unfinished)
         quantize_checkpoint(folder, unfinished, RECIPE, calibration)
 
 
+def test_a_removal_that_was_cut_short_counts_as_nothing(folder, calibration, whole, unfinished):
+    (unfinished.with_name(".q.journal") / "run.json").unlink()
+    assert quantize_checkpoint(folder, unfinished, RECIPE, calibration).resumed == 0
+    assert digests(unfinished) == whole
+
+
 def test_what_would_fail_again_leaves_nothing(calibration, tmp_path):
     weights = checkpoints.random_weights(RAW)
     weights["model.layers.2.mlp.up_proj.weight"].flat[3] = np.nan
