@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,13 +12,14 @@ import jax
 from jq.checkpoint import files as fs
 from jq.checkpoint import format as fmt
 from jq.checkpoint.digests import bytes_entry
+from jq.checkpoint.folder_writer import FolderWriter
 from jq.checkpoint.format import Manifest, PartEntry
 from jq.checkpoint.manifest import encode_json, library_versions, manifest_json
 from jq.checkpoint.part_writer import save_part
 from jq.errors import CheckpointError, ModelError
 
 
-class CheckpointWriter:
+class CheckpointWriter(FolderWriter):
     """Build a checkpoint folder that appears complete or not at all.
 
         with CheckpointWriter(path, config_files_from=model_folder) as writer:
@@ -48,13 +48,9 @@ class CheckpointWriter:
         files: Mapping[str, bytes] | None = None,
         overwrite: bool = False,
     ) -> None:
-        self.path = Path(os.path.abspath(path))
+        super().__init__(path, overwrite=overwrite)
         self._copies = _collect(config_files_from, files or {})
-        self._overwrite = overwrite
         self._parts: dict[str, PartEntry] = {}
-        self._scope = contextlib.ExitStack()
-        self._partial: Path | None = None
-        self._finished = False
 
     def __enter__(self) -> CheckpointWriter:
         """Take the folder's lock and clear away what dead processes left.
@@ -71,21 +67,9 @@ class CheckpointWriter:
                 f"{jax.process_index()} of {jax.process_count()}. Gather the arrays and save them "
                 "outside of jax.distributed"
             )
-        self.path = Path(os.path.realpath(self.path))
-        with self._scope as scope:
-            partial = scope.enter_context(fs.building(self.path, overwrite=self._overwrite))
-            with fs.output_errors(partial):
-                (partial / fmt.PARAMS).mkdir()
-            self._partial = partial
-            self._scope = scope.pop_all()
+        with self._build() as partial, fs.output_errors(partial):
+            (partial / fmt.PARAMS).mkdir()
         return self
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self._scope.close()
-        if kind is None and not self._finished:
-            raise CheckpointError(
-                f"{self.path}: the writer was left without finish(); nothing was kept"
-            )
 
     def write_part(self, name: str, subtree: Any) -> None:
         """Write one top-level entry of the parameter tree.
@@ -126,7 +110,7 @@ class CheckpointWriter:
           report: what was measured per layer, for report.json.
         Raises: CheckpointError when either has no JSON form; OutputError when the disk refuses.
         """
-        partial = self._open()
+        self._open()
         small = dict(self._copies)
         if report is not None:
             small[fmt.REPORT] = encode_json(report, fmt.REPORT)
@@ -137,21 +121,7 @@ class CheckpointWriter:
             files={name: bytes_entry(data) for name, data in small.items()},
         )
         small[fmt.MANIFEST] = manifest_json(manifest)  # the last of the files
-        fs.check_room(partial, sum(map(len, small.values())))
-        with fs.output_errors(partial):
-            for name, data in small.items():
-                (partial / name).write_bytes(data)
-        # Somebody may have put something there in the meantime.
-        fs.check_target(self.path, overwrite=self._overwrite)
-        fs.publish(partial, self.path)
-        self._finished = True
-        self._partial = None
-
-    def _open(self) -> Path:
-        if self._partial is None:
-            state = "is finished" if self._finished else "was not entered (use `with`)"
-            raise CheckpointError(f"{self.path}: this CheckpointWriter {state}")
-        return self._partial
+        self._publish(small)
 
 
 def _collect(folder: Any, files: Mapping[str, bytes]) -> dict[str, bytes]:

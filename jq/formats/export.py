@@ -7,7 +7,6 @@ tensors, by which `jq.load` notices damage, and where the model came from.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -19,7 +18,7 @@ import jax
 import numpy as np
 
 from jq import tree
-from jq.checkpoint import files as fs
+from jq.checkpoint.folder_writer import FolderWriter
 from jq.checkpoint.format import CONFIG_FILES, EXPORT_MANIFEST, REPORT
 from jq.checkpoint.manifest import encode_json, library_versions
 from jq.errors import CheckpointError
@@ -45,7 +44,7 @@ _CARRIED = (
 )
 
 
-class ExportWriter:
+class ExportWriter(FolderWriter):
     """Build a folder of another tool's format, which appears complete or not at all.
 
         schemes = schemes_for(plan, "gptq")
@@ -77,7 +76,7 @@ class ExportWriter:
         shard_bytes: int = SHARD_BYTES,
         overwrite: bool = False,
     ) -> None:
-        self.path = Path(os.path.realpath(path))
+        super().__init__(path, overwrite=overwrite)
         self._target: ExportFormat = target
         self._schemes = dict(schemes)
         self._source = Path(config_files_from)
@@ -85,10 +84,7 @@ class ExportWriter:
         entries = weight_table(ModelConfig.from_hf(self._config))
         self._entries = {entry.path: entry for entry in entries}
         self._waiting = dict(self._entries)
-        self._shard_bytes, self._overwrite = shard_bytes, overwrite
-        self._scope = contextlib.ExitStack()
-        self._partial: Path | None = None
-        self._finished = False
+        self._shard_bytes = shard_bytes
 
     def __enter__(self) -> ExportWriter:
         """Take the folder's lock and clear away what dead processes left.
@@ -101,19 +97,9 @@ class ExportWriter:
                 f"{self.path}: folders are written by programs of one process; this one is "
                 f"{jax.process_index()} of {jax.process_count()}"
             )
-        with self._scope as scope:
-            partial = scope.enter_context(fs.building(self.path, overwrite=self._overwrite))
+        with self._build() as partial:
             self._shards = ShardWriter(partial, self._shard_bytes)
-            self._partial = partial
-            self._scope = scope.pop_all()
         return self
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self._scope.close()
-        if kind is None and not self._finished:
-            raise CheckpointError(
-                f"{self.path}: the writer was left without finish(); nothing was kept"
-            )
 
     def write_part(self, name: str, subtree: Any) -> None:
         """Write one top-level entry of the parameter tree, for instance "layers_0".
@@ -139,7 +125,7 @@ class ExportWriter:
           report: what was measured per layer, for report.json.
         Raises: CheckpointError when parameters are missing; OutputError when the disk refuses.
         """
-        partial = self._open()
+        self._open()
         if self._waiting:
             missing = ", ".join(list(self._waiting)[:20])
             raise CheckpointError(
@@ -156,20 +142,7 @@ class ExportWriter:
             "sha256": dict(sorted(self._shards.digests.items())),
         }
         small[EXPORT_MANIFEST] = encode_json(manifest, EXPORT_MANIFEST)
-        fs.check_room(partial, sum(map(len, small.values())))
-        with fs.output_errors(partial):
-            for name, data in small.items():
-                (partial / name).write_bytes(data)
-        fs.check_target(self.path, overwrite=self._overwrite)
-        fs.publish(partial, self.path)
-        self._finished = True
-        self._partial = None
-
-    def _open(self) -> Path:
-        if self._partial is None:
-            state = "is finished" if self._finished else "was not entered (use `with`)"
-            raise CheckpointError(f"{self.path}: this ExportWriter {state}")
-        return self._partial
+        self._publish(small)
 
     def _stored(self, path: str, leaf: Any) -> dict[str, np.ndarray]:
         """Name -> array of everything that is stored for a leaf."""
