@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jq import tree
+from jq import grid, tree
 from jq.blockwise import BlockwiseModel
 from jq.calib.stages import Stream
 from jq.methods import awq, smoothquant
@@ -72,9 +72,7 @@ def choose_scale(
             return Scaling(scale, jnp.float32(method.alpha))
         loss = None
         if len(set(specs)) == 1:
-            loss = _block_part_loss(
-                model, kind, index, params, stream, specs, _smoothed_inputs, _smoothed_weight
-            )
+            loss = _block_part_loss(model, kind, index, params, stream, specs, _smoothed_inputs)
         if loss is None:
             loss = _linears_loss(quantized, stream)
         scale, alpha, _ = smoothquant.search_alpha(x_max, w_max, loss)
@@ -103,10 +101,6 @@ def _smoothed_inputs(x: jax.Array, scale: jax.Array, spec: QuantSpec) -> jax.Arr
     return smoothquant.effective_inputs(wide, scale, spec).reshape(x.shape).astype(x.dtype)
 
 
-def _smoothed_weight(w: jax.Array, scale: jax.Array, spec: QuantSpec) -> jax.Array:
-    return smoothquant.effective_weight(w.astype(jnp.float32), scale, spec)
-
-
 def _same_inputs(x: jax.Array, scale: jax.Array, spec: QuantSpec | None) -> jax.Array:
     return x
 
@@ -119,13 +113,11 @@ def _block_part_loss(
     stream: Stream,
     specs: Sequence[QuantSpec | None],
     inputs: Callable[[jax.Array, jax.Array, Any], jax.Array] = _same_inputs,
-    weight: Callable[[jax.Array, jax.Array, Any], jax.Array] = awq.effective_weight,
 ) -> Callable[[jax.Array], jax.Array] | None:
     """Squared error of the attention's or the MLP's output when this group is rounded.
 
-    `inputs` and `weight` give what a scale makes of the group's input and of a kernel.
-
-    That is the error of the next group's input, seen through the next group's weights.
+    That is the error of the next group's input, seen through the next group's weights. `inputs`
+    gives what a scale makes of this group's input.
 
     None for a group of one linear, whose output error the Gram matrix gives exactly and over all
     tokens.
@@ -155,7 +147,7 @@ def _block_part_loss(
 
     def loss(scale: Float[Array, "K"]) -> jax.Array:
         kernels = [
-            w if spec is None else weight(w, scale, spec)
+            w if spec is None else grid.effective_weight(w, scale, spec)
             for w, spec in zip(weights, specs, strict=True)
         ]
         run = outputs(kernels)

@@ -97,5 +97,13 @@ def fake_quantize(w: jax.Array, scale: jax.Array, zero: jax.Array, spec: QuantSp
     return (_nearest(w, scale, zero, spec) - zero) * scale
 
 
+def effective_weight(w: jax.Array, scale: jax.Array, spec: QuantSpec) -> jax.Array:
+    """What unscaled inputs see of a weight [K, N] whose inputs are scaled by [K]: Q(s W) / s,
+    rounded to nearest over the full range; float32."""
+    groups = split_groups(w.astype(jnp.float32) * scale[:, None], spec)
+    step, zero = scale_and_zero(*weight_range(groups, spec), spec)
+    return fake_quantize(groups, step, zero, spec).reshape(w.shape) / scale[:, None]
+
+
 def _nearest(w: jax.Array, scale: jax.Array, zero: jax.Array, spec: QuantSpec) -> jax.Array:
     return jnp.clip(jnp.round(w / scale) + zero, 0, 2**spec.bits - 1)

@@ -50,10 +50,13 @@ class Preset:
     activation: str = "none"
 
 
+# GPTQ as we recommend it: clipped, and ordered so that inference needs no permutation.
+GPTQ_ROUNDING = GPTQ(act_group_aware=True, clip="mse")
+
 PRESETS: dict[str, Preset] = {
     "gptq": Preset(
         "4-bit weights; rounding that compensates its own error, group-aware, searched clipping",
-        GPTQ(act_group_aware=True, clip="mse"),
+        GPTQ_ROUNDING,
     ),
     "gptq-act-order": Preset(
         "4-bit weights; GPTQ in act order (desc_act), which inference pays with a gather",

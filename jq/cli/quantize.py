@@ -21,7 +21,7 @@ from jq.cli.progress import Meter
 from jq.errors import CalibrationError, SpecError
 from jq.methods.gptq import GPTQ
 from jq.methods.rtn import RTN
-from jq.presets import ACTIVATIONS, DEFAULT, PRESETS, find_preset, preset
+from jq.presets import ACTIVATIONS, DEFAULT, GPTQ_ROUNDING, PRESETS, find_preset, preset
 from jq.recipe import Method, Recipe, Rule, needs_calibration
 
 ABOUT = """Quantize a Hugging Face model folder into a jaxq checkpoint, or for other tools.
@@ -30,10 +30,7 @@ The options below are those of the method: `jaxq quantize --method NAME --help` 
 `jaxq methods` lists the names."""
 
 # What may round the weights that AWQ or SmoothQuant has moved; AWQ's own is RTN with clipping.
-ROUNDINGS: dict[str, RTN | GPTQ] = {
-    "rtn": RTN(),
-    "gptq": GPTQ(act_group_aware=True, clip="mse"),
-}
+ROUNDINGS: dict[str, RTN | GPTQ] = {"rtn": RTN(), "gptq": GPTQ_ROUNDING}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -113,13 +113,6 @@ def search_scale(
     return jnp.where(best == 0, 1.0, chosen), losses, best
 
 
-def effective_weight(w: jax.Array, scale: Float[Array, "K"], spec: QuantSpec) -> jax.Array:
-    """What the inputs see of a weight [K, N]: scaled, rounded to nearest, and unscaled; float32."""
-    groups = grid.split_groups(w.astype(jnp.float32) * scale[:, None], spec)
-    step, zero = grid.scale_and_zero(*grid.weight_range(groups, spec), spec)
-    return grid.fake_quantize(groups, step, zero, spec).reshape(w.shape) / scale[:, None]
-
-
 def gram_loss(
     weights: Sequence[jax.Array], gram: Float[Array, "K K"], spec: QuantSpec
 ) -> Callable[[jax.Array], jax.Array]:
@@ -128,7 +121,7 @@ def gram_loss(
     def loss(scale: jax.Array) -> jax.Array:
         total = jnp.float32(0)
         for w in weights:
-            error = effective_weight(w, scale, spec) - w.astype(jnp.float32)
+            error = grid.effective_weight(w, scale, spec) - w.astype(jnp.float32)
             pulled = jnp.matmul(gram, error, precision=lax.Precision.HIGHEST)
             total += jnp.sum(error * pulled)
         return total

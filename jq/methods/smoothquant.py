@@ -104,19 +104,10 @@ def output_loss(
     target = dot(x, w)
 
     def loss(scale: jax.Array) -> jax.Array:
-        inputs, rounded = effective_inputs(x, scale, spec), effective_weight(w, scale, spec)
-        return jnp.sum(jnp.square(dot(inputs, rounded) - target))
+        rounded = grid.effective_weight(w, scale, spec)
+        return jnp.sum(jnp.square(dot(effective_inputs(x, scale, spec), rounded) - target))
 
     return loss
-
-
-def effective_weight(
-    w: Float[Array, "K N"], scale: Float[Array, "K"], spec: QuantSpec
-) -> Float[Array, "K N"]:
-    """Q(s W) / s: what the rounded weight does to unscaled inputs."""
-    groups = grid.split_groups(w * scale[:, None], spec)
-    step, zero = grid.scale_and_zero(*grid.weight_range(groups, spec), spec)
-    return grid.fake_quantize(groups, step, zero, spec).reshape(w.shape) / scale[:, None]
 
 
 def effective_inputs(

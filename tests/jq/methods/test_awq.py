@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jq import grid
 from jq.errors import SpecError
 from jq.methods import awq
 from jq.methods.awq import AWQ
@@ -94,7 +95,7 @@ def test_no_scaling_is_one_of_the_choices():
 def test_effective_weights():
     _, weights = problem(2)
     s = np.random.default_rng(0).lognormal(0, 1, 48).astype(np.float32)
-    found = awq.effective_weight(jnp.asarray(weights[0]), jnp.asarray(s), SPEC)
+    found = grid.effective_weight(jnp.asarray(weights[0]), jnp.asarray(s), SPEC)
     fmt = format_of(SPEC)
     expected = rtn.dequantize(rtn.quantize(weights[0] * s[:, None], fmt, 16), fmt) / s[:, None]
     assert problems.relative_error(found, expected) < 1e-6
