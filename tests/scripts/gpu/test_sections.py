@@ -241,7 +241,8 @@ def test_ceilings_on_a_small_scale(monkeypatch):
     monkeypatch.setattr(timing, "_WALL_S", 1e-3)
     assert ceilings.copy("wall", 1 << 16)["gbs"] > 0
     assert ceilings.read("wall", 1 << 16)["gbs"] > 0
-    assert ceilings.matmul("wall", 64)["tflops"] > 0
+    # Large enough to take longer than a call of nothing, which is subtracted.
+    assert ceilings.matmul("wall", 512)["tflops"] > 0
     assert ceilings.launch("wall")["us"] >= 0
 
 
