@@ -1,0 +1,156 @@
+"""`w8a8`: 8-bit activations times an 8-bit weight, int8 or float8."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from jq.pallas_kernels import reference
+from jq.pallas_kernels.weight8 import W8Weight, unsupported_format8
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Float32, Shaped
+
+HOPPER = (9, 0)
+OUTPUTS = ("bfloat16", "float16")
+# Mosaic copies rows in tiles of 8, and lowers no array of more rows that does not divide into them.
+_TILE_ROWS = 8
+
+
+def w8a8(
+    x_codes: Shaped[Array, "*B K"],
+    x_scale: Float32[Array, "..."],
+    w: W8Weight,
+    *,
+    bias: Float[Array, " N"] | None = None,
+    out_dtype: Any = jnp.bfloat16,
+    config: Any = None,
+    interpret: bool = False,
+    compute_capability: tuple[int, int] = HOPPER,
+) -> Float[Array, "*B N"]:
+    """y = (x_codes @ w.codes^T) * scales + bias by the kernels, rounded once to `out_dtype`.
+
+    Args:
+      x_codes: int8 or float8_e4m3fn, as the weight's, [..., K], any number of rows.
+      x_scale: float32 [..., 1] per row, or [] for all of them; [..., K/128] where the weight's
+        scales are per block.
+      w: the weight, of logical shape [K, N].
+      bias: [N], bfloat16, float16 or float32; added in float32.
+      out_dtype: bfloat16 or float16.
+      config: tile sizes; None: the fastest known, or estimated, for the shape (see `choose8`).
+      interpret: run the kernel's schedule on the CPU, in Mosaic's interpreter, detecting races.
+        It wants more threads than a small machine's XLA has: set the environment variable NPROC
+        to 16 before JAX is imported.
+      compute_capability: of the device, which decides between the kernels of the GPU families.
+    Returns: `out_dtype` [..., N].  int8 products are summed exactly, in int32.  float8 products are
+      summed by the tensor cores over 128 inputs at a time, and those sums in float32.
+    Raises: ValueError when the sizes or dtypes do not match.
+    """
+    _check(x_codes, x_scale, w, bias, out_dtype)
+    lead, m = x_codes.shape[:-1], math.prod(x_codes.shape[:-1])
+    if m == 0:
+        return jnp.zeros((*lead, w.n), out_dtype)
+    del compute_capability
+    config = config or choose8(m, w)
+    rows = x_codes.reshape(m, w.k)
+    if m > _TILE_ROWS and m % _TILE_ROWS:
+        rows = jnp.pad(rows, ((0, -m % _TILE_ROWS), (0, 0)))
+    scale = _kernel_scale(x_scale, m, w)
+    # Mosaic is imported when it is needed: a CPU does without.
+    from jq.pallas_kernels.config8 import Prefill8Config
+
+    if isinstance(config, Prefill8Config):
+        from jq.pallas_kernels.w8a8_prefill import prefill8 as product
+    else:
+        from jq.pallas_kernels.w8a8_decode import decode8 as product
+    y = product(rows, scale, w, bias, out_dtype, config, interpret)
+    return y[:m].reshape(*lead, w.n)
+
+
+def w8a8_reference(
+    x_codes: Shaped[Array, "*B K"],
+    x_scale: Float32[Array, "..."],
+    w: W8Weight,
+    *,
+    bias: Float[Array, " N"] | None = None,
+    out_dtype: Any = jnp.bfloat16,
+) -> Float[Array, "*B N"]:
+    """The XLA version of `w8a8`, for any backend: the same products, scales and one rounding.
+
+    Without a bias it is `reference.scaled_matmul` or `reference.block_scaled_matmul`, bit for bit.
+    `out_dtype` may be float32 too.
+    Raises: ValueError when the sizes or dtypes do not match.
+    """
+    _check(x_codes, x_scale, w, bias, out_dtype, (*OUTPUTS, "float32"))
+    codes = w.codes.T
+    sums = jnp.float32 if bias is not None else out_dtype
+    if w.block is None:
+        y = reference.scaled_matmul(x_codes, x_scale, codes, w.scale[None, :], sums)
+    else:
+        blocks = x_codes.reshape(*x_codes.shape[:-1], -1, w.block)
+        scale = x_scale[..., None]
+        y = reference.block_scaled_matmul(blocks, scale, codes, w.scale.T, sums)
+    if bias is not None:
+        y = (y + bias.astype(jnp.float32).reshape((1,) * (y.ndim - 1) + (-1,))).astype(out_dtype)
+    return y
+
+
+def supported8(w: W8Weight, m: int, compute_capability: tuple[int, int] | str) -> str | None:
+    """Why the kernels do not serve this weight and number of rows on such a device, or None.
+
+    Args:
+      w: the weight, or its shapes (`jax.eval_shape`).
+      m: rows of x.
+      compute_capability: (9, 0), or "9.0" as devices spell it.
+    """
+    if isinstance(compute_capability, str):
+        major, _, minor = compute_capability.partition(".")
+        compute_capability = int(major), int(minor or 0)
+    if compute_capability != HOPPER:
+        spelled = ".".join(map(str, compute_capability))
+        return f"the kernels are for compute capability 9.0 (Hopper), not {spelled}"
+    if w.ndim != 2:
+        return f"the weight is stacked, {w.shape}: index or scan over the leading axes first"
+    if m < 1:
+        return "there are no rows"
+    if reason := unsupported_format8(w.k, w.n, w.dtype, w.block):
+        return reason
+    from jq.pallas_kernels import tuning8
+
+    if tuning8.slower_than_xla(m, w.k, w.n, dtype=w.dtype.name, block=w.block):
+        return f"XLA's own product was measured to be faster for {m} rows of this shape"
+    return None
+
+
+def choose8(m: int, w: W8Weight) -> Any:
+    """The tile sizes that `w8a8` takes for m rows on Hopper."""
+    from jq.pallas_kernels import tuning8
+
+    return tuning8.choose(m, w.k, w.n, dtype=w.dtype.name, block=w.block)
+
+
+def _kernel_scale(x_scale: jax.Array, m: int, w: W8Weight) -> jax.Array:
+    """float32 [m], or [K/128 * m], the scales of a block's rows beside each other."""
+    if w.block is None:
+        return jnp.broadcast_to(x_scale.reshape(-1), (m,))
+    return x_scale.reshape(m, w.k // w.block).T.reshape(-1)
+
+
+def _check(x, x_scale, w, bias, out_dtype, outputs=OUTPUTS) -> None:
+    if w.ndim != 2 or x.ndim == 0 or x.shape[-1] != w.k:
+        raise ValueError(f"x {x.shape} does not multiply a weight of logical shape {w.shape}")
+    if x.dtype != w.dtype:
+        raise ValueError(f"x is {x.dtype}, but the weight {w.dtype}: quantize x to {w.dtype}")
+    allowed = {(*x.shape[:-1], 1), ()}
+    if w.block is not None:
+        allowed = {(*x.shape[:-1], w.k // w.block)}
+    if x_scale.shape not in allowed:
+        spelled = " or ".join(str(list(shape)) for shape in sorted(allowed, key=len, reverse=True))
+        raise ValueError(f"the scales of x {x.shape} have to be {spelled}, not {x_scale.shape}")
+    if bias is not None and bias.shape != (w.n,):
+        raise ValueError(f"the bias of a weight {w.shape} has to be [{w.n}], not {bias.shape}")
+    if jnp.dtype(out_dtype).name not in outputs:
+        raise ValueError(f"out_dtype is {out_dtype}: take one of {', '.join(outputs)}")
