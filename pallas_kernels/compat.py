@@ -14,9 +14,10 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, llvm, memref, nvvm, vector
 
 __all__ = [
+    "COLUMNS",
     "CORES",
     "FRAGMENT",
     "ROWS",
@@ -27,7 +28,9 @@ __all__ = [
     "interpreter",
     "ir",
     "llvm",
+    "memref",
     "mgpu",
+    "nvvm",
     "pl",
     "plgpu",
     "swizzled",
@@ -38,10 +41,11 @@ __all__ = [
 CORES = 132
 
 # Register layouts of a warpgroup: the packed words of a tile, four per thread; the A operand (and
-# accumulator) of wgmma; a value for each of that operand's rows.
+# accumulator) of wgmma; a value for each of that operand's rows; and of its columns.
 WORDS = plgpu.Layout.WG_STRIDED((4, 128), vec_size=4)
 FRAGMENT = plgpu.Layout.WGMMA
 ROWS = plgpu.Layout.WGMMA.reduce(1)
+COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
 
 def core_count() -> int:

@@ -30,6 +30,7 @@ from jq.pallas_kernels.compat import (
 from jq.pallas_kernels.weight import SYMMETRIC_ZERO, TRICKS
 
 MASKS = (0x000F000F, 0x00F000F0)  # of the low and the high nibble of each byte
+NEGATIVE_ZEROS = 0x80008000  # a pair
 _MANTISSA_BITS = {"bfloat16": 7, "float16": 10}
 _EXPONENT_BIAS = {"bfloat16": 127, "float16": 15}
 
@@ -87,27 +88,35 @@ def constants(dtype: str) -> Constants:
     )
 
 
-def source(register: tuple[int, ...]) -> tuple[int, int]:
-    """(word, nibble 0 to 3) of the pair of codes that belongs into a register of FRAGMENT."""
+def source(register: tuple[int, ...], mma: bool = False) -> tuple[int, int]:
+    """(word, nibble 0 to 3) of the pair of codes that belongs into a register of FRAGMENT.
+
+    mma: of the A operand of `mma.m16n8k16`, which is numbered in another order.
+    """
+    if mma:
+        return register[1], 2 * register[3] + register[4]
     eighth, row = register[1], register[4]  # of the 64 inputs; half of the warp's 16 columns
     return eighth // 2, 2 * (eighth % 2) + row
 
 
-def operand(fmt: Format, words, scales, offsets):
+def operand(fmt: Format, words, scales, offsets, mma: bool = False):
     """The A operand of a slice, in the registers of a warpgroup.
 
     Args:
       words: int32 [4, 128] in the layout WORDS.
       scales: one [64] per group of the slice, in the layout ROWS.
       offsets: as many; empty for symmetric formats.
-    Returns: fmt.dtype [64 (columns), 64 (inputs)] in the layout FRAGMENT.
+      mma: for `mma.sync` of compute capability 8, which multiplies no bfloat16 pairs without an
+        addend: -0 leaves every product as it is, and its sign.
+    Returns: fmt.dtype [64 (columns), 64 (inputs)] in the layout FRAGMENT, or that of mma.
     """
+    fragments = plgpu.Layout.MMA_LHS(jnp.dtype(fmt.dtype)) if mma else FRAGMENT
     kind = "bf16x2" if fmt.dtype == "bfloat16" else "f16x2"
     bits = constants(fmt.dtype)
 
     @plgpu.inline_mgpu(
         arg_types=(WORDS, *[ROWS] * (len(scales) + len(offsets))),
-        return_type=plgpu.ShapeDtypeStruct((64, 64), jnp.dtype(fmt.dtype), FRAGMENT),
+        return_type=plgpu.ShapeDtypeStruct((64, 64), jnp.dtype(fmt.dtype), fragments),
     )
     def dequantize(_, words, *rows):
         i32 = ir.IntegerType.get_signless(32)
@@ -117,8 +126,15 @@ def operand(fmt: Format, words, scales, offsets):
         def asm(text, *args):
             return llvm.inline_asm(i32, list(args), f"{{ {text} }}", "=r" + ",r" * len(args))
 
+        def product(result, left, right):
+            if mma:
+                load = f"mov.b32 zero, {NEGATIVE_ZEROS}; "
+                return load + f"fma.rn.{kind} {result}, {left}, {right}, zero;"
+            return f"mul.{kind} {result}, {left}, {right};"
+
         def times(value, factor):
-            return asm(f".reg .b32 k; mov.b32 k, {factor}; mul.{kind} $0, $1, k;", value)
+            text = f".reg .b32 k; .reg .b32 zero; mov.b32 k, {factor}; "
+            return asm(text + product("$0", "$1", "k"), value)
 
         def twice(row):
             """A row's value in both halves of a register, for the thread's two rows."""
@@ -140,8 +156,8 @@ def operand(fmt: Format, words, scales, offsets):
             if fmt.symmetric:
                 text += f"fma.rn.{kind} $0, t, $2, $3;"
                 return asm(text, word, scale[group][high][row], offset[group][row])
-            text += f".reg .b32 k; mov.b32 k, {bits.spread[high]}; "
-            text += f"fma.rn.{kind} t, t, k, $2; mul.{kind} $0, t, $3;"
+            text += f".reg .b32 k; .reg .b32 zero; mov.b32 k, {bits.spread[high]}; "
+            text += f"fma.rn.{kind} t, t, k, $2; " + product("$0", "t", "$3")
             return asm(text, word, offset[group][row], scale[group][row])
 
         [register] = words.registers.flat
@@ -154,10 +170,10 @@ def operand(fmt: Format, words, scales, offsets):
                 packed = convert(upper if j >= 2 else word, j % 2, group, j % 2)
                 pairs[step, j] = mgpu.utils.bitcast(packed, pair)
 
-        fragment = FRAGMENT.to_mgpu()
+        fragment = fragments.to_mgpu()
         registers = np.empty(fragment.registers_shape((64, 64)), dtype=object)
         for index in np.ndindex(*registers.shape):
-            registers[index] = pairs[source(index)]
+            registers[index] = pairs[source(index, mma)]
         return fragmented_array.FragmentedArray(
             _registers=registers, _layout=fragment, _is_signed=None
         )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jq.pallas_kernels import dequant, layout, weight
-from jq.pallas_kernels.compat import FRAGMENT, ROWS
+from jq.pallas_kernels.compat import FRAGMENT, ROWS, plgpu
 from tests.pallas_kernels import interpreted
 
 FLOAT = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -113,6 +113,18 @@ def test_small_groups_of_a_float16_column(symmetric):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_products_are_sums_with_minus_zero(dtype):
+    """Compute capability 8 multiplies by adding -0: no product changes, whatever its sign."""
+    zeros = number(half(dequant.NEGATIVE_ZEROS), dtype)
+    assert zeros == 0
+    assert np.signbit(zeros)
+    values = np.concatenate([mantissas(dtype), [0.0]]) * np.array([[1.0], [-1.0]])
+    products = rounded(values[..., None] * 15, dtype)
+    np.testing.assert_array_equal(rounded(values[..., None] * 15 + zeros, dtype), products)
+    assert np.array_equal(np.signbit(products + zeros), np.signbit(products))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_constants(dtype):
     """Powers of two as `weight` says, and the code 8 with a sign."""
     trick, c = weight.TRICKS[dtype], dequant.constants(dtype)
@@ -133,11 +145,15 @@ def packed_codes():
     return found
 
 
-def test_registers_get_the_codes_of_their_place():
+@pytest.mark.parametrize("mma", [False, True], ids=["wgmma", "mma"])
+def test_registers_get_the_codes_of_their_place(mma):
     """Packed order and JAX's own description of the A operand agree, for each of 64 x 64 codes."""
     fragment, held = FRAGMENT.to_mgpu(), packed_codes()
+    if mma:
+        fragment = plgpu.Layout.MMA_LHS(jnp.bfloat16).to_mgpu()
+    warps = [d for d in fragment.warp_dims if isinstance(d, int)]  # the rest repeats values
     shape = fragment.tiling.tile_shape((64, 64))
-    in_thread = {*fragment.warp_dims, *fragment.lane_dims, fragment.vector_dim}
+    in_thread = {*warps, *fragment.lane_dims, fragment.vector_dim}
     for k in range(64):
         for n in range(64):
             tiled = fragment.tiling.tile_indices((n, k))
@@ -145,10 +161,10 @@ def test_registers_get_the_codes_of_their_place():
             def index(dims, tiled=tiled):
                 return int(np.ravel_multi_index([tiled[d] for d in dims], [shape[d] for d in dims]))
 
-            thread = 32 * index(fragment.warp_dims) + index(fragment.lane_dims)
+            thread = 32 * index(warps) + index(fragment.lane_dims)
             dims = range(-len(tiled), 0)
             register = tuple(0 if d in in_thread else tiled[d] for d in dims)
-            word, nibble = dequant.source(register)
+            word, nibble = dequant.source(register, mma)
             # A thread loads four words of the tile; a pair's second code is four nibbles on.
             assert held[4 * thread + word, nibble + 4 * tiled[fragment.vector_dim]] == 64 * k + n
 
@@ -157,6 +173,7 @@ def test_rows_of_scales_belong_to_the_registers_rows():
     """A thread's two scales are those of columns g and g + 8 of its warp's 16."""
     rows, fragment = ROWS.to_mgpu(), FRAGMENT.to_mgpu()
     assert rows == fragment.reduce((1,))
+    assert rows == plgpu.Layout.MMA_ACC(jnp.bfloat16).to_mgpu().reduce((1,))
     assert rows.registers_shape((64,))[-1:] == (1,)
     assert np.prod(rows.registers_shape((64,))) == 2
 

@@ -1,0 +1,113 @@
+"""Tile sizes of the kernels for Ampere and Ada."""
+
+from __future__ import annotations
+
+import dataclasses
+
+# Bytes of shared memory that a block may use; a multiprocessor has a kilobyte more.
+SHARED_MEMORY = {(8, 0): 163 * 1024, (8, 6): 99 * 1024, (8, 9): 99 * 1024}
+CAPABILITIES = tuple(SHARED_MEMORY)
+SPARE = 1024  # alignment
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """stages: slots of shared memory. copies: that fill one."""
+
+    stages: int
+    copies: int
+
+
+@dataclasses.dataclass(frozen=True)
+class W4Config:
+    """Of the int4 product.
+
+    block_m: rows of x per block: 16, 32 or 64.
+    tiles: 64-column tiles per block, 1 or 2.
+    slices: 64-input slices per stage, 1, 2 or 4.
+    stages: 2 or more; one is multiplied, the others are being copied.
+    split: blocks that share the inputs of a tile; XLA adds their sums.
+    snake: blocks of rows that are walked together, for the L2 cache's sake.
+    """
+
+    block_m: int = 16
+    tiles: int = 2
+    slices: int = 2
+    stages: int = 4
+    split: int = 1
+    snake: int = 8
+
+    def __post_init__(self):
+        _member(self, "block_m", (16, 32, 64))
+        _member(self, "tiles", (1, 2))
+        _member(self, "slices", (1, 2, 4))
+        _member(self, "stages", range(2, 9))
+        _member(self, "split", range(1, 17))
+        _fits(self, max(SHARED_MEMORY.values()))
+
+    @property
+    def block_n(self) -> int:
+        return 64 * self.tiles
+
+    @property
+    def name(self) -> str:
+        return (
+            f"m{self.block_m}_n{self.block_n}_k{64 * self.slices}x{self.stages}_split{self.split}"
+        )
+
+    def shared_bytes(self) -> int:
+        stage = self.slices * (2048 * self.tiles + 128 * self.block_m)
+        sums = self.block_m * self.block_n * (2 if self.split == 1 else 4)
+        return self.stages * stage + sums
+
+
+@dataclasses.dataclass(frozen=True)
+class W8Config:
+    """Of the 8-bit products.
+
+    block_m, block_n: rows and columns per block: 16, 32, 64 or 128, and 64 or 128; for float8,
+      whose sums are kept twice, at most 64 rows.
+    slices: 64-input slices per stage, 1, 2 or 4; of float8 with scales per block, 2 or 4.
+    stages: 2 or more; one is multiplied, the others are being copied.
+    split: blocks that share the inputs of a tile; XLA adds their sums.
+    snake: blocks of rows that are walked together, for the L2 cache's sake.
+    """
+
+    block_m: int = 16
+    block_n: int = 64
+    slices: int = 2
+    stages: int = 4
+    split: int = 1
+    snake: int = 8
+
+    def __post_init__(self):
+        _member(self, "block_m", (16, 32, 64, 128))
+        _member(self, "block_n", (64, 128))
+        _member(self, "slices", (1, 2, 4))
+        _member(self, "stages", range(2, 9))
+        _member(self, "split", range(1, 17))
+        _fits(self, max(SHARED_MEMORY.values()))
+
+    @property
+    def name(self) -> str:
+        return (
+            f"m{self.block_m}_n{self.block_n}_k{64 * self.slices}x{self.stages}_split{self.split}"
+        )
+
+    def shared_bytes(self) -> int:
+        stage = 64 * self.slices * (self.block_m + self.block_n)
+        sums = self.block_m * self.block_n * (2 if self.split == 1 else 4)
+        return self.stages * stage + sums
+
+
+def _member(config, name: str, allowed) -> None:
+    if getattr(config, name) not in allowed:
+        raise ValueError(f"{config}: {name} has to be one of {', '.join(map(str, allowed))}")
+
+
+def _fits(config, limit: int) -> None:
+    if config.shared_bytes() + SPARE > limit:
+        raise ValueError(
+            f"{config} needs {config.shared_bytes() + SPARE} bytes of shared memory, there are "
+            f"{limit}: take fewer stages"
+        )
