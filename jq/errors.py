@@ -31,3 +31,11 @@ class NonFiniteError(JaxqError):
 
 class OutputError(JaxqError):
     """An output folder cannot be used: not empty, not writable, no room."""
+
+
+class ResourceError(JaxqError):
+    """A run needs more memory than the device or the host has."""
+
+
+class ProcessError(JaxqError):
+    """Another process of the same run failed, is missing, or was started differently."""
