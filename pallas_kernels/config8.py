@@ -7,7 +7,8 @@ import dataclasses
 from jq.pallas_kernels.config import SHARED_MEMORY
 
 SLICE = 128  # inputs that are multiplied at once: a row of them fills the swizzle's 128 bytes
-BARRIERS = 512  # bytes that barriers and alignment take at most
+BARRIERS = 512  # bytes that they take at most
+_BIAS = 1024  # of 256 columns, and what follows it is aligned to as much
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +54,10 @@ class Decode8Config:
         """Upper bound over the formats, but for the barriers."""
         stage = (self.block_m + self.block_n) * SLICE * self.slices
         stage += 4 * self.slices * scale_rows(self.block_m)
-        tile = self.block_m * self.block_n
-        # The scales and the bias, then the result, then what the other blocks send.
-        ends = 4 * scale_rows(self.block_m) + 8 * self.block_n
-        return self.stages * stage + ends + tile * (2 + 4 * (self.split - 1))
+        # The result, and what the other blocks send; the bias, the scales.
+        tile = self.block_m * self.block_n * (2 + 4 * (self.split - 1))
+        ends = _BIAS + 4 * (scale_rows(self.block_m) + self.block_n)
+        return self.stages * stage + tile + ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +111,10 @@ class Prefill8Config:
         stage = (self.block_m + self.block_n) * SLICE
         if self.unsupported("float8_e4m3fn") is None:
             stage += 4 * self.block_m
-        # Two 64 x 64 pieces of each warpgroup's result; the scales and the bias.
-        ends = self.warpgroups * 2 * 64 * 64 * 2 + 4 * (self.block_m + 2 * self.block_n)
-        return self.stages * stage + ends
+        # Two 64 x 64 pieces of each warpgroup's result; the bias, the scales.
+        pieces = self.warpgroups * 2 * 64 * 64 * 2
+        ends = _BIAS + 4 * (self.block_m + self.block_n)
+        return self.stages * stage + pieces + ends
 
 
 Config8 = Decode8Config | Prefill8Config

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jq.pallas_kernels import dequant
-from jq.pallas_kernels.compat import FRAGMENT, ROWS, WORDS, interpreter, pl, plgpu, swizzled
+from jq.pallas_kernels.compat import ROWS, WORDS, interpreter, pl, plgpu, swizzled
 from jq.pallas_kernels.config import DecodeConfig
+from jq.pallas_kernels.schedule import next_slot, previous_slot, receive, send
 from jq.pallas_kernels.weight import W4Weight
 
 
@@ -171,7 +172,7 @@ def _copy(plan: _Plan, x, w, normaliser, scale, offset, *, full, empty, **shared
             pl.ds(m * config.block_m, config.block_m), pl.ds(stage * plan.inputs, plan.inputs)
         ]
         plgpu.copy_gmem_to_smem(block, shared["x_s"].at[slot], barrier)
-        return _next(slot, config.stages)
+        return next_slot(slot, config.stages)
 
     lax.fori_loop(0, plan.steps, step, jnp.int32(0))
     if config.pdl and not plan.interpret:
@@ -222,9 +223,9 @@ def _compute(plan: _Plan, warpgroup, out, mailbox, *, full, empty, **shared) -> 
                     # All that read the stage before is done by now.
                     @pl.when(i > 0)
                     def _():
-                        plgpu.barrier_arrive(empty.at[_previous(slot, config.stages)])
+                        plgpu.barrier_arrive(empty.at[previous_slot(slot, config.stages)])
 
-            return _next(slot, config.stages)
+            return next_slot(slot, config.stages)
 
         lax.fori_loop(0, plan.steps, step, jnp.int32(0))
         return accumulator[...]
@@ -234,13 +235,13 @@ def _compute(plan: _Plan, warpgroup, out, mailbox, *, full, empty, **shared) -> 
     # Every block waits, or one could end while its copy is under way.
     plgpu.barrier_wait(shared["ready"])
     if config.split > 1:
-        _send(plan, sums, part, warpgroup, mailbox, shared)
+        send(sums, part, warpgroup, mailbox, shared)
 
     @pl.when(part == 0)
     def _():
         total = sums
         if config.split > 1:
-            total = _receive(plan, sums, warpgroup, mailbox, shared)
+            total = receive(sums, config.split, warpgroup, mailbox, shared)
         own = pl.ds(warpgroup * plan.columns, plan.columns)
         factor = plgpu.load(shared["normaliser_s"].at[own], layout=ROWS)
         y = (total * lax.broadcast_in_dim(factor, total.shape, [0])).astype(out.dtype)
@@ -252,55 +253,3 @@ def _compute(plan: _Plan, warpgroup, out, mailbox, *, full, empty, **shared) -> 
         rows_out = pl.ds(lax.axis_index("m") * config.block_m, config.block_m)
         plgpu.copy_smem_to_gmem(staged, out.at[rows_out, pl.ds(first, plan.columns)])
         plgpu.wait_smem_to_gmem(0)
-
-
-def _send(plan: _Plan, sums, part, warpgroup, mailbox, shared) -> None:
-    """Bring this block's sums to the first block of the cluster."""
-    if mailbox is None:
-
-        @pl.when(part > 0)
-        def _():
-            plgpu.async_store_smem(
-                sums,
-                shared["partials_s"].at[part - 1, warpgroup],
-                shared["partials_in"],
-                cluster_idx=jnp.int32(0),
-                cluster_dim="part",
-            )
-
-        return
-
-    # The interpreter cannot store to another block's shared memory: global memory stands in.
-    @pl.when(part > 0)
-    def _():
-        staged = shared["partials_out"].at[warpgroup]
-        staged[...] = sums
-        plgpu.commit_smem()
-        box = mailbox.at[lax.axis_index("n"), lax.axis_index("m"), part - 1, warpgroup]
-        plgpu.copy_smem_to_gmem(staged, box)
-        plgpu.wait_smem_to_gmem(0)
-
-    plgpu.barrier_arrive(shared["posted"])
-    plgpu.barrier_wait(shared["posted"])
-
-
-def _receive(plan: _Plan, sums, warpgroup, mailbox, shared):
-    """Add the other blocks' sums to the first block's, in their order."""
-    if mailbox is None:
-        plgpu.barrier_wait(shared["partials_in"])
-    for i in range(plan.config.split - 1):
-        if mailbox is None:
-            sums = sums + plgpu.load(shared["partials_s"].at[i, warpgroup], layout=FRAGMENT)
-        else:
-            sums = sums + mailbox[lax.axis_index("n"), lax.axis_index("m"), i, warpgroup]
-    return sums
-
-
-def _next(slot: jax.Array, stages: int) -> jax.Array:
-    """Carried, not computed from the step: a remainder would keep wgmma's descriptors out of the
-    uniform registers, and the assembler would serialize it."""
-    return lax.select(slot == stages - 1, jnp.int32(0), slot + 1)
-
-
-def _previous(slot: jax.Array, stages: int) -> jax.Array:
-    return lax.select(slot == 0, jnp.int32(stages - 1), slot - 1)

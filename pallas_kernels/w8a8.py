@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jq.pallas_kernels import reference
+from jq.pallas_kernels.config8 import Config8, Prefill8Config
 from jq.pallas_kernels.weight8 import W8Weight, unsupported_format8
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def w8a8(
     *,
     bias: Float[Array, " N"] | None = None,
     out_dtype: Any = jnp.bfloat16,
-    config: Any = None,
+    config: Config8 | None = None,
     interpret: bool = False,
     compute_capability: tuple[int, int] = HOPPER,
 ) -> Float[Array, "*B N"]:
@@ -60,13 +61,14 @@ def w8a8(
         rows = jnp.pad(rows, ((0, -m % _TILE_ROWS), (0, 0)))
     scale = _kernel_scale(x_scale, m, w)
     # Mosaic is imported when it is needed: a CPU does without.
-    from jq.pallas_kernels.config8 import Prefill8Config
-
     if isinstance(config, Prefill8Config):
-        from jq.pallas_kernels.w8a8_prefill import prefill8 as product
+        from jq.pallas_kernels.w8a8_prefill import prefill8
+
+        y = prefill8(rows, scale, w, bias, out_dtype, config, interpret)
     else:
-        from jq.pallas_kernels.w8a8_decode import decode8 as product
-    y = product(rows, scale, w, bias, out_dtype, config, interpret)
+        from jq.pallas_kernels.w8a8_decode import decode8
+
+        y = decode8(rows, scale, w, bias, out_dtype, config, interpret)
     return y[:m].reshape(*lead, w.n)
 
 
@@ -125,7 +127,7 @@ def supported8(w: W8Weight, m: int, compute_capability: tuple[int, int] | str) -
     return None
 
 
-def choose8(m: int, w: W8Weight) -> Any:
+def choose8(m: int, w: W8Weight) -> Config8:
     """The tile sizes that `w8a8` takes for m rows on Hopper."""
     from jq.pallas_kernels import tuning8
 

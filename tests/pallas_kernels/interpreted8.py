@@ -1,0 +1,154 @@
+"""Run the 8-bit kernels' schedules in Mosaic's interpreter; a JSON object per case.
+
+A program of its own, for the reason that `interpreted` gives.
+"""
+
+from __future__ import annotations
+
+import os
+
+if __name__ == "__main__":
+    os.environ["NPROC"] = "48"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jq.pallas_kernels import w8a8_decode, w8a8_prefill
+from jq.pallas_kernels.config8 import Config8, Decode8Config, Prefill8Config
+from jq.pallas_kernels.w8a8_decode import decode8
+from jq.pallas_kernels.w8a8_prefill import prefill8
+from jq.pallas_kernels.weight8 import BLOCK, W8Weight, dequantize, w8_weight
+from tests.pallas_kernels.interpreted import WithoutFences
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A product small enough to interpret.  clusters: of the prefill kernel, to share its tiles."""
+
+    config: Config8
+    m: int
+    k: int
+    n: int
+    dtype: str = "int8"
+    block: bool = False
+    bias: str | None = None
+    out_dtype: str = "bfloat16"
+    clusters: int | None = None
+
+    @property
+    def name(self) -> str:
+        name = f"{self.config.name}_{self.dtype}" + "_blocks" * self.block
+        size = f"{self.m}x{self.k}x{self.n}"
+        return name + (f"_bias_{self.bias}" if self.bias else "") + f"_{self.out_dtype}_{size}"
+
+
+FP8 = "float8_e4m3fn"
+D, P = Decode8Config, Prefill8Config
+CASES = (
+    # One stage, all of it; a single row.
+    Case(D(8, slices=1, stages=2), 1, 128, 128),
+    Case(D(8, slices=1, stages=2), 1, 128, 128, FP8),
+    # Stages are used again; columns, inputs and rows end within a block.
+    Case(D(16, slices=2, stages=2), 24, 704, 192, bias="bfloat16"),
+    Case(D(16, slices=2, stages=2), 24, 704, 192, FP8, bias="float32", out_dtype="float16"),
+    Case(D(8, slices=3, stages=3, warpgroups=1), 3, 1536, 64, out_dtype="float16"),
+    Case(D(8, slices=2, stages=2), 5, 640, 256, FP8, block=True),
+    Case(D(64, slices=1, stages=3, warpgroups=4), 72, 512, 384, FP8, block=True, bias="bfloat16"),
+    # Clusters; the last blocks of one have nothing but zeros to add.
+    Case(D(8, slices=1, stages=2, split=2, pdl=True), 5, 512, 128, bias="bfloat16"),
+    Case(D(8, slices=1, stages=2, split=8), 2, 640, 64),
+    Case(D(32, slices=1, stages=2, split=4), 40, 640, 128, FP8, block=True),
+    # Several tiles for each block, and stages that run on across them.
+    Case(P(2, 64, stages=2), 136, 384, 192, bias="bfloat16", clusters=1),
+    Case(P(2, 64, stages=4, snake=1), 264, 320, 320, FP8, clusters=2, out_dtype="float16"),
+    Case(P(1, 128, stages=3), 200, 256, 192, FP8, bias="float16", clusters=3),
+    Case(P(2, 256, stages=2), 72, 192, 320, out_dtype="float16", clusters=1),
+    Case(P(1, 192, stages=2), 8, 128, 192, bias="float32"),
+    Case(P(2, 128, stages=3), 132 + 4, 384, 256, FP8, block=True, bias="bfloat16", clusters=1),
+    Case(P(3, 64, stages=2), 200, 256, 128, FP8, block=True),
+    # Pairs of blocks; the second of the last one has no columns, or no rows.
+    Case(P(2, 64, stages=2, multicast="x"), 136, 256, 320, bias="bfloat16", clusters=1),
+    Case(P(2, 64, stages=3, multicast="w"), 264, 256, 128, FP8, clusters=1),
+    Case(P(1, 128, stages=2, multicast="w"), 136, 256, 256, FP8, block=True, clusters=1),
+)
+
+# Run once more with a mistake in it, to see that mistakes are seen.
+BROKEN = {
+    "broken decode": Case(D(8, slices=1, stages=2), 8, 512, 64),
+    "broken prefill": Case(P(1, 64, stages=2), 64, 512, 64, FP8),
+}
+
+
+def random_codes(rng, shape, dtype) -> jax.Array:
+    if dtype == "int8":
+        return jnp.asarray(rng.integers(-127, 128, shape), jnp.int8)
+    return jnp.asarray(rng.normal(size=shape) * 50, jnp.float32).astype(dtype)
+
+
+def problem(case: Case) -> tuple[jax.Array, jax.Array, W8Weight, jax.Array | None]:
+    """(codes of x, their scales as `w8a8` takes them, weight, bias) of a case."""
+    rng = np.random.default_rng(case.k + case.n)
+
+    def scales(*shape):
+        return jnp.asarray(rng.uniform(0.5, 1.5, shape) * 1e-3, jnp.float32)
+
+    size = (case.k // BLOCK, case.n // BLOCK) if case.block else (1, case.n)
+    w = w8_weight(random_codes(rng, (case.k, case.n), case.dtype), scales(*size))
+    x = random_codes(rng, (case.m, case.k), case.dtype)
+    x_scale = scales(case.m, case.k // BLOCK if w.block else 1)
+    bias = None if case.bias is None else jnp.asarray(rng.normal(size=case.n), case.bias)
+    return x, x_scale, w, bias
+
+
+def run(case: Case) -> jax.Array:
+    x, x_scale, w, bias = problem(case)
+    arguments = (x, x_scale.T.reshape(-1), w, bias, case.out_dtype, case.config)
+    if isinstance(case.config, Decode8Config):
+        return decode8(*arguments, interpret=True)
+    return prefill8(*arguments, interpret=True, clusters=case.clusters)
+
+
+def expected(case: Case) -> np.ndarray:
+    """In float64, from the codes and scales."""
+    x, x_scale, w, bias = problem(case)
+    scale = np.repeat(np.asarray(x_scale, np.float64), case.k // x_scale.shape[1], axis=1)
+    y = (np.asarray(x, np.float64) * scale) @ np.asarray(dequantize(w), np.float64)
+    return y if bias is None else y + np.asarray(bias, np.float64)
+
+
+def result(case: Case) -> dict:
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
+
+    y, exact = np.asarray(run(case), np.float64), expected(case)
+    return {
+        "name": case.name,
+        "error": np.linalg.norm(y - exact) / np.linalg.norm(exact),
+        "worst": np.max(np.abs(y - exact)) / np.max(np.abs(exact)),
+        "races": bool(interpreter.get_races().races_found),
+    }
+
+
+def main() -> None:
+    for case in CASES:
+        if not sys.argv[1:] or any(text in case.name for text in sys.argv[1:]):
+            print(json.dumps(result(case)), flush=True)
+    w8a8_decode.plgpu = w8a8_prefill.plgpu = WithoutFences()
+    for name, case in BROKEN.items():
+        # The interpreter describes races on the standard output.
+        with contextlib.redirect_stdout(sys.stderr):
+            broken = result(case)
+        print(json.dumps(broken | {"name": name}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
