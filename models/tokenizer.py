@@ -25,6 +25,7 @@ class Tokenizer:
         eos_token_ids: all that `config.json`, `generation_config.json` or `tokenizer_config.json`
             call end of sequence, in this order, each once.
         bos_token_id, pad_token_id: the first of the three files that says so, or None.
+        own_bos_token_id, own_eos_token_id: what `tokenizer_config.json` alone says, or None.
 
     Raises:
         ModelError: no or a malformed `tokenizer.json`, or more tokens than the model has.
@@ -48,6 +49,9 @@ class Tokenizer:
         self.eos_token_ids = self._special("eos", files)
         self.bos_token_id = next(iter(self._special("bos", files)), None)
         self.pad_token_id = next(iter(self._special("pad", files)), None)
+        own = {name: files[name] if name.startswith("tokenizer") else {} for name in files}
+        self.own_bos_token_id = next(iter(self._special("bos", own)), None)
+        self.own_eos_token_id = next(iter(self._special("eos", own)), None)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids; with the special tokens (bos) that the tokenizer itself adds, or without."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from jq.cli.models import model_folder
-from jq.cli.options import parse
+from jq.cli.options import parse, split_counts
 from jq.cli.output import print_json, print_table, size_text
 from jq.cli.progress import Meter
 from jq.errors import ModelError
@@ -51,7 +51,7 @@ class Bench:
 def run(arguments: Sequence[str]) -> int:
     """The command."""
     args = parse(Bench, "bench", ABOUT, arguments)
-    sizes = _sizes(args.batch_sizes)
+    sizes = split_counts(args.batch_sizes, "--batch-sizes")
     if not (args.generation or args.linears):
         raise ModelError("nothing to time: leave out --no-generation or --no-linears")
     folder = model_folder(args.model)
@@ -89,13 +89,6 @@ def run(arguments: Sequence[str]) -> int:
     else:
         _print(report)
     return 0
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ModelError(f"batch sizes {text!r} are none; give them like 1,8,32")
-    return tuple(dict.fromkeys(map(int, parts)))
 
 
 def _dtypes(params: Any, dtype: Any) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import tyro
 
 from jq.calib.config import CalibrationConfig
 from jq.cli.models import DEMO_NAME, demo_text, made_of_demo, model_folder
-from jq.cli.options import options_class, parse, rebuild
+from jq.cli.options import options_class, parse, rebuild, split_counts, split_names
 from jq.cli.output import complain, note, print_json, print_table, warn
 from jq.cli.progress import Meter
 from jq.errors import CalibrationError, SpecError
@@ -60,13 +60,20 @@ class Evaluation:
             model has its own.
         seq_len: tokens of a window; 2048, or the model's context.
         max_windows: take the first ones only.
-        tasks: "module:object" of a task of yours; may be given again.
+        tasks: names of lm-evaluation-harness's tasks, between commas, and "module:object" of
+            tasks of yours; may be given again.
+        num_fewshot: solved examples in the prompts of the harness's; each task's own number.
+        limit: take the first items of each of them only.
+        include_path: a folder with further tasks of the harness's form.
     """
 
     text: str | None = None
     seq_len: int | None = None
     max_windows: int | None = None
     tasks: tuple[str, ...] = ()
+    num_fewshot: int | None = None
+    limit: int | None = None
+    include_path: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,11 +185,11 @@ def _objective(args: Any) -> Literal["decode", "prefill", "size"]:
 
 def _plan(args: Any, folder: Path) -> Any:
     from jq.calib.source import token_stream
-    from jq.compare import Numbers, Plan, Timing, find_arms
+    from jq.compare import Numbers, Plan, find_arms
     from jq.models import ModelConfig, Tokenizer
 
     numbers = Numbers(**{f.name: getattr(args.format, f.name) for f in dataclasses.fields(Numbers)})
-    arms = find_arms([name.strip() for name in args.methods.split(",") if name.strip()], numbers)
+    arms = find_arms(split_names([args.methods]), numbers)
     config = ModelConfig.from_folder(folder)
     text, seq_len = _text(args, folder), _seq_len(args, config)
     has_text = Path(text).suffix.lower() != ".npy"
@@ -195,7 +202,6 @@ def _plan(args: Any, folder: Path) -> Any:
         max_tokens=None if most is None else max(most, 1) * max(seq_len, 1),
     )
     calibration = _calibration(args, folder, arms, config.max_position_embeddings)
-    timing = args.speed
     return Plan(
         folder,
         args.out,
@@ -208,10 +214,9 @@ def _plan(args: Any, folder: Path) -> Any:
         words_per_token=None if tokenizer is None else _words(tokenizer, tokens, seq_len),
         calibration=calibration,
         batch_size=args.calibration.batch_size,
-        timing=Timing(_sizes(timing.batch_sizes), timing.prompt_tokens, timing.decode_steps)
-        if timing.timing
-        else None,
-        tasks=args.evaluation.tasks,
+        timing=_timing(args.speed),
+        tasks=split_names(args.evaluation.tasks),
+        task_options=_task_options(args.evaluation),
         meta={"model": DEMO_NAME} if made_of_demo(folder) else None,
         keep_checkpoints=args.keep_checkpoints,
         apart=args.apart,
@@ -236,11 +241,24 @@ def _seq_len(args: Any, config: Any) -> int:
     return min(_LONGEST if asked is None else asked, context)
 
 
-def _sizes(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise SpecError(f"--batch-sizes {text}: give numbers like 1,8") from None
+def _timing(speed: Speed) -> Any:
+    from jq.compare import Timing
+
+    if not speed.timing:
+        return None
+    sizes = split_counts(speed.batch_sizes, "--batch-sizes")
+    return Timing(sizes, speed.prompt_tokens, speed.decode_steps)
+
+
+def _task_options(evaluation: Evaluation) -> Any:
+    from jq.tasks.harness import TaskOptions
+
+    options = {f.name: getattr(evaluation, f.name, None) for f in dataclasses.fields(TaskOptions)}
+    given = {name: value for name, value in options.items() if value is not None}
+    if given and not evaluation.tasks:
+        flag = next(iter(given)).replace("_", "-")
+        raise SpecError(f"--{flag} is for tasks; name some with --tasks")
+    return TaskOptions(**given)
 
 
 def _words(tokenizer: Any, tokens: np.ndarray, seq_len: int) -> float | None:

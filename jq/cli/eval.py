@@ -19,6 +19,7 @@ from jq.errors import CalibrationError, ModelError
 ABOUT = """Measure token-level perplexity, on non-overlapping windows (the GPTQ paper's protocol).
 
 With --reference also the KL divergence from it, and how often both models' first choices agree.
+With --tasks, tasks of lm-evaluation-harness instead: pip install "jaxq[tasks]".
 What follows a +- is one standard error."""
 
 _LONGEST = 2048
@@ -52,9 +53,28 @@ class Eval:
     max_windows: Annotated[
         int | None, tyro.conf.arg(metavar="N", help="take the first ones only")
     ] = None
-    batch_size: Annotated[int, tyro.conf.arg(help="windows that run at once")] = 1
+    batch_size: Annotated[int, tyro.conf.arg(help="windows or requests that run at once")] = 1
+    tasks: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(
+            metavar="NAME,...",
+            help="tasks, groups or patterns of lm-evaluation-harness, such as arc_easy,hellaswag",
+        ),
+    ] = ()
+    num_fewshot: Annotated[
+        int | None,
+        tyro.conf.arg(metavar="N", help="solved examples in a task's prompts; the task's own"),
+    ] = None
+    limit: Annotated[
+        int | None, tyro.conf.arg(metavar="N", help="take the first items of each task only")
+    ] = None
+    include_path: Annotated[
+        str | None, tyro.conf.arg(metavar="DIR", help="further tasks, as YAML files")
+    ] = None
     json: Annotated[
-        bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="print JSON, with every window")
+        bool,
+        tyro.conf.FlagCreatePairsOff,
+        tyro.conf.arg(help="print JSON, with every one"),
     ] = False
 
 
@@ -62,6 +82,10 @@ def run(arguments: Sequence[str]) -> int:
     """The command."""
     args = parse(Eval, "eval", ABOUT, arguments)
     folder = model_folder(args.model)
+    if _about_tasks(args):
+        from jq.cli.tasks import run_eval
+
+        return run_eval(args, folder)
     reference_folder = None if args.reference is None else model_folder(args.reference)
     text = _text(args.text, folder)
 
@@ -104,6 +128,21 @@ def run(arguments: Sequence[str]) -> int:
     else:
         print_facts(_lines(result, Path(text).name))
     return 0
+
+
+def _about_tasks(args: Eval) -> bool:
+    """Whether tasks are asked for; ModelError for options of the other measurement."""
+    windows = ("text", "reference", "seq_len", "max_windows")
+    tasks = ("num_fewshot", "limit", "include_path")
+    wrong = [name for name in (windows if args.tasks else tasks) if getattr(args, name) is not None]
+    if wrong:
+        flag = wrong[0].replace("_", "-")
+        raise ModelError(
+            f"--{flag} is for perplexity; leave it or --tasks out"
+            if args.tasks
+            else f"--{flag} is for tasks; name some with --tasks"
+        )
+    return bool(args.tasks)
 
 
 def _text(given: str | None, folder: Path) -> str:

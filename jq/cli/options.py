@@ -15,6 +15,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from jq.errors import SpecError
+
 CONFIG = (
     tyro.conf.OmitArgPrefixes,
     tyro.conf.UseAppendAction,
@@ -40,6 +42,23 @@ def peek(arguments: Sequence[str], flag: str) -> str | None:
         if argument == flag and i + 1 < len(arguments):
             return arguments[i + 1]
     return None
+
+
+def split_names(values: Sequence[str]) -> tuple[str, ...]:
+    """Names between commas of an option that may be given again, each once."""
+    names = (part.strip() for value in values for part in value.split(","))
+    return tuple(dict.fromkeys(name for name in names if name))
+
+
+def split_counts(text: str, flag: str) -> tuple[int, ...]:
+    """Counts of 1 or more between commas, each once.
+
+    Raises: SpecError, naming the option, for anything else.
+    """
+    parts = split_names([text])
+    if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise SpecError(f"{flag} {text!r}: give numbers of 1 or more, like 1,8")
+    return tuple(dict.fromkeys(map(int, parts)))
 
 
 def options_class(defaults: Any, changes: Mapping[str, Any] = MappingProxyType({})) -> type:

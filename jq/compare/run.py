@@ -24,12 +24,14 @@ from jq.compare.results import ArmResult, Comparison
 from jq.compare.spec import ComparisonSpec, device_facts, model_digest, versions
 from jq.compare.stages import Job, Stage, run_stage
 from jq.compare.store import DONE, FAILED, Store
-from jq.compare.tasks import find_task
+from jq.compare.tasks import describe as describe_tasks
+from jq.compare.tasks import find_tasks
 from jq.compare.worker import ArmError, describe, device_apart, run_apart
 from jq.errors import CalibrationError, SpecError
 from jq.evaluate.run import cut_windows
 from jq.models import HFCheckpoint
 from jq.pipeline import check_run
+from jq.tasks.harness import TaskOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,9 @@ class Plan:
         calibration: None where no arm learns.
         batch_size: windows that run at once, in calibration and evaluation.
         timing: None to time nothing.
-        tasks: "module:object", see `jq.compare.tasks`.
+        tasks: "module:object" of the user's, names of lm-evaluation-harness's, see
+            `jq.compare.tasks`.
+        task_options: how the harness's are run.
         meta: further facts for the checkpoints' manifests.
         keep_checkpoints: whether the quantized models stay.
         apart: run every stage in a process of its own; then its peak memory is known, and one that
@@ -82,6 +86,7 @@ class Plan:
     batch_size: int = 1
     timing: Timing | None = None
     tasks: tuple[str, ...] = ()
+    task_options: TaskOptions | None = None
     meta: Mapping[str, Any] | None = None
     keep_checkpoints: bool = True
     apart: bool = True
@@ -115,15 +120,16 @@ def compare(
         progress: called as work goes on.
         finished: called with every arm's result, reused ones too.
     Raises: before anything is computed,
-        SpecError, ModelError: an arm that does not fit the model; a task that cannot be imported.
+        SpecError, ModelError: an arm that does not fit the model; a task that cannot be had.
         CalibrationError: arms that learn, and no calibration data; too short a text.
         OutputError: the folder is in use, or holds something else or results of another spec.
     """
     windows = cut_windows(plan.tokens, plan.seq_len, plan.max_windows)
     _check(plan)
+    tasks = describe_tasks(plan.tasks, find_tasks(plan.tasks, plan.task_options))
     plan.out.parent.mkdir(parents=True, exist_ok=True)
     with files.locked(Path(os.path.realpath(plan.out))):
-        store = Store(plan.out, _spec(plan, windows, progress))
+        store = Store(plan.out, _spec(plan, windows, tasks, progress))
         # All of them first: a result that must not be merged is refused before the long run.
         kept = {arm.name: store.result(arm) for arm in plan.arms}
         store.write_tokens(plan.calibration, windows)
@@ -156,12 +162,13 @@ def _check(plan: Plan) -> None:
         check_run(plan.model, plan.out / "arms" / arm.name, arm.recipe, overwrite=True)
         if arm.calibrated and plan.calibration is None:
             raise CalibrationError(f"{arm.name} learns from calibration data, and none was given")
-    for task in plan.tasks:
-        find_task(task)
 
 
 def _spec(
-    plan: Plan, windows: np.ndarray, progress: Callable[[Step], None] | None
+    plan: Plan,
+    windows: np.ndarray,
+    tasks: Mapping[str, Any],
+    progress: Callable[[Step], None] | None,
 ) -> ComparisonSpec:
     def reading(done: int, total: int, file: str) -> None:
         if progress is not None:
@@ -179,7 +186,7 @@ def _spec(
             "words_per_token": plan.words_per_token,
         },
         timing=None if plan.timing is None else dataclasses.asdict(plan.timing),
-        tasks=plan.tasks,
+        tasks=tasks,
         batch_size=plan.batch_size,
         versions=versions(),
         device=_device(plan),
@@ -234,6 +241,7 @@ def _stage(
         plan.seq_len,
         None if plan.timing is None else dataclasses.asdict(plan.timing),
         plan.tasks,
+        plan.task_options,
         plan.apart,
     )
 

@@ -30,7 +30,7 @@ class ComparisonSpec:
         calibration: where the tokens came from, how they were chosen, their sha256; None without.
         evaluation: the same of the text measured on; seq_len, windows, words per token.
         timing: batch sizes, prompt length, steps; None when nothing is timed.
-        tasks: their names.
+        tasks: by name; of the harness's also its version, the metric, the items' digest.
         batch_size: windows that run at once, in calibration and in evaluation.
         versions: of jaxq, jax, jaxlib, numpy and Python.
         device: what it ran on.
@@ -41,7 +41,7 @@ class ComparisonSpec:
     calibration: Mapping[str, Any] | None
     evaluation: Mapping[str, Any]
     timing: Mapping[str, Any] | None
-    tasks: tuple[str, ...]
+    tasks: Mapping[str, Any]
     batch_size: int
     versions: Mapping[str, str]
     device: Mapping[str, Any]

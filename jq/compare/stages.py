@@ -22,11 +22,12 @@ from jq.calib.tokens import CalibrationData
 from jq.compare.arms import Arm
 from jq.compare.quality import Stretches, position_edges
 from jq.compare.store import load_tokens
-from jq.compare.tasks import find_task, score_task
+from jq.compare.tasks import find_tasks, score_task
 from jq.evaluate import evaluate
 from jq.pipeline import quantize_checkpoint
 from jq.prepare import prepare
 from jq.qtensor import QTensor
+from jq.tasks.harness import TaskOptions
 
 Stage = Literal["make", "measure"]
 StageProgress = Callable[[int, int, str], None]
@@ -46,7 +47,8 @@ class Job:
         batch_size: windows that run at once.
         seq_len: of the evaluation.
         timing: {"batch_sizes", "prompt_tokens", "steps"}, or None.
-        tasks: places of tasks ("module:object").
+        tasks: places and names of tasks, see `jq.compare.tasks`.
+        task_options: how the harness's are run.
         alone: whether the process runs this stage only, so that its peak memory means something.
     """
 
@@ -60,6 +62,7 @@ class Job:
     seq_len: int
     timing: Mapping[str, Any] | None
     tasks: tuple[str, ...] = ()
+    task_options: TaskOptions | None = None
     alone: bool = False
 
 
@@ -179,10 +182,17 @@ def _tasks(job: Job, model: Any, params: Any, progress: StageProgress) -> dict[s
     from jq.models import Tokenizer
 
     tokenizer, scores = Tokenizer(job.model), {}
-    for index, place in enumerate(job.tasks):
-        task = find_task(place)
-        progress(index, len(job.tasks), f"task {task.name}")
-        scores[task.name] = score_task(task, model, params, tokenizer)
+    for task in find_tasks(job.tasks, job.task_options):
+        title = f"task {task.name}"
+        progress(0, 1, title)
+        scores[task.name] = score_task(
+            task,
+            model,
+            params,
+            tokenizer,
+            job.batch_size,
+            lambda done, total, text, title=title: progress(done, total, f"{title}: {text}"),
+        )
     return scores
 
 

@@ -43,6 +43,29 @@ def token_log_probs(
     return -_nll(model, outer_params(model, params), h, tokens, stretch)
 
 
+def next_token_scores(
+    model: BlockwiseModel,
+    params: Params,
+    tokens: Int32[Array, "B T"],
+    targets: Int32[Array, "B T"],
+) -> dict[str, jax.Array]:
+    """Scores of given next tokens.
+
+    Args:
+        model: see `jq.blockwise`; hashable.
+        params: kernels may be QTensors.
+        tokens: what the model reads; padding may stand at the right.
+        targets: what is scored behind each of them.
+
+    Returns: arrays `[B, T]`: "log_prob" (log p(target | tokens up to here), nats, float32) and
+        "first" (bool: the target is the first choice).
+    """
+    h = hidden_states(model, params, tokens)
+    batch, length = tokens.shape
+    stretch = _stretch((batch, length + 1), vocabulary_size(model, params))
+    return _next_token(model, outer_params(model, params), h, targets, stretch)
+
+
 def paired_scores(
     model: BlockwiseModel,
     params: Params,
@@ -105,6 +128,19 @@ def _nll(
         return -log_likelihood(model.logits(outer, h), targets)
 
     return _over_stretches(score, (h[:, :-1], tokens[:, 1:]), stretch)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "stretch"))
+def _next_token(
+    model: BlockwiseModel, outer: Params, h: jax.Array, targets: jax.Array, stretch: int
+) -> dict[str, jax.Array]:
+    def score(piece: tuple[jax.Array, jax.Array]) -> dict[str, jax.Array]:
+        h, targets = piece
+        logits = model.logits(outer, h)
+        first = jnp.argmax(logits, axis=-1) == targets
+        return {"log_prob": log_likelihood(logits, targets), "first": first}
+
+    return _over_stretches(score, (h, targets), stretch)
 
 
 @functools.partial(jax.jit, static_argnames=("models", "stretch"))
