@@ -1,8 +1,12 @@
-"""Compile W4A16 kernels for Hopper without a GPU, and say what the assembler made of them.
+"""Compile kernels without a GPU, and say what the assembler made of them.
 
-    python tests/pallas_kernels/sass.py [--match TEXT]... [--dump FOLDER]
+    python tests/pallas_kernels/sass.py [--suite NAME] [--match TEXT]... [--dump FOLDER]
 
-prints one JSON object per kernel.
+prints one JSON object per kernel of a suite, a module of this folder with
+
+    ALL: variants, each with a `name`, `lowering()` -> (function, shapes of its arguments), and
+      `opcode`, the tensor cores' instruction that its innermost loop is known by, or None.
+    CAPABILITY: (major, minor) to compile for; a process compiles for one.
 
 Needs jax with jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cuda-nvcc and nvidia-cuda-nvdisasm (see
 scripts/sass_check).  Nothing runs: XLA's compile-only client, Mosaic and ptxas make the code.
@@ -14,6 +18,7 @@ import argparse
 import collections
 import dataclasses
 import glob
+import importlib
 import json
 import os
 import pathlib
@@ -29,12 +34,14 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-H200 = """
-gpu_device_info {
-  threads_per_warp: 32 core_count: 132 device_memory_size: 85899345920
-  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
-}
+TARGET = """
+gpu_device_info {{
+  threads_per_warp: 32 core_count: {cores} device_memory_size: 85899345920
+  cuda_compute_capability {{ major: {major} minor: {minor} {extension} }}
+}}
 """
+# Multiprocessors of an H200, an A100, an RTX 3090 and an RTX 4090.
+CORES = {(9, 0): 132, (8, 0): 108, (8, 6): 82, (8, 9): 128}
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
 FORBIDDEN = ("LDL", "STL", "I2F")
 SLOW_IN_LOOP = ("I2FP", "F2F", "SHFL", "STS", "MUFU")
@@ -47,9 +54,10 @@ class Report:
     registers: per thread, as assembled.  spills: bytes stored or loaded.  stack: bytes.
     shared: bytes.  warnings: the assembler's that name lost performance.
     forbidden: local memory, and what does not belong into the loop, if found.
-    tensor: HGMMA instructions.
-    drains: waits in the loop for all of them, which let no dequantization overlap.
-    slots: instructions of the innermost loop with HGMMA, per 64 x 64 tile of the weight.
+    tensor: instructions of the tensor cores.
+    drains: waits in the loop for all of them, which let nothing overlap.
+    slots: instructions of the innermost loop with those, for every four of them: per 64 x 64 tile
+      of the weight for int4, per 64 rows or columns and 128 inputs for 8-bit codes on Hopper.
     """
 
     name: str
@@ -77,9 +85,12 @@ def use_wheels_tools() -> None:
     raise FileNotFoundError("nvidia/cu13/bin/ptxas: install nvidia-cuda-nvcc")
 
 
-def compile_only_device():
-    """A Hopper device that can be compiled for."""
-    target = topologies.get_topology_desc("", "cuda", target_config=H200, topology="1x1x1")
+def compile_only_device(capability: tuple[int, int] = (9, 0)):
+    """A device of a compute capability that can be compiled for."""
+    major, minor = capability
+    extension = "feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
+    config = TARGET.format(cores=CORES[capability], major=major, minor=minor, extension=extension)
+    target = topologies.get_topology_desc("", "cuda", target_config=config, topology="1x1x1")
     return target.devices[0]
 
 
@@ -123,10 +134,10 @@ def innermost_loop(sass: str, opcode: str) -> str:
     return min(loops, key=len)
 
 
-def inspect(name: str, dumps: dict[str, str]) -> Report:
+def inspect(name: str, dumps: dict[str, str], opcode: str | None = "HGMMA") -> Report:
     log, sass = dumps["ptxas"], dumps["sass_ctrl"]
     spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", log)
-    opcodes, text = count(sass), innermost_loop(sass, "HGMMA")
+    opcodes, text = count(sass), innermost_loop(sass, opcode) if opcode else ""
     loop = count(text)
     return Report(
         name=name,
@@ -137,30 +148,31 @@ def inspect(name: str, dumps: dict[str, str]) -> Report:
         warnings=[line for line in log.splitlines() if re.search(r"C75\d\d", line)],
         forbidden=[opcode for opcode in FORBIDDEN if opcodes[opcode]]
         + [f"{opcode} in the loop" for opcode in SLOW_IN_LOOP if loop[opcode]],
-        tensor=opcodes["HGMMA"],
+        tensor=opcodes[opcode] if opcode else 0,
         drains=len(re.findall(r"DEPBAR\.LE gsb0, 0x0\b", text)),
-        # Four instructions multiply a tile: one for each 16 inputs.
-        slots=loop.total() / (loop["HGMMA"] / 4),
+        slots=4 * loop.total() / loop[opcode] if opcode else 0.0,
     )
 
 
 def main() -> None:
-    from tests.pallas_kernels import variants
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--suite", default="variants", help="module of this folder")
     parser.add_argument("--match", action="append", help="only variants whose name contains this")
     parser.add_argument("--dump", help="folder to keep the SASS in")
     args = parser.parse_args()
+    suite = importlib.import_module(f"tests.pallas_kernels.{args.suite}")
     use_wheels_tools()
-    device = compile_only_device()
-    for variant in variants.ALL:
+    device = compile_only_device(suite.CAPABILITY)
+    for variant in suite.ALL:
         if args.match and not any(text in variant.name for text in args.match):
             continue
         dumps = compile_kernel(*variant.lowering(), device)
         if args.dump:
             pathlib.Path(args.dump, f"{variant.name}.sass").write_text(dumps["sass_ctrl"])
             pathlib.Path(args.dump, f"{variant.name}.ptx").write_text(dumps["ptx"])
-        print(json.dumps(dataclasses.asdict(inspect(variant.name, dumps))), flush=True)
+        print(
+            json.dumps(dataclasses.asdict(inspect(variant.name, dumps, variant.opcode))), flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from jq.pallas_kernels import tuning
 from jq.pallas_kernels.config import Config, DecodeConfig, PrefillConfig
 from jq.pallas_kernels.weight import w4_weight
 
+CAPABILITY = (9, 0)
 _SIZE = (4096, 4096, 4096)
 
 
@@ -26,6 +27,8 @@ class Variant:
     m: int = _SIZE[0]
     k: int = _SIZE[1]
     n: int = _SIZE[2]
+
+    opcode = "HGMMA"
 
     @property
     def name(self) -> str:
