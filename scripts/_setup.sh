@@ -57,7 +57,7 @@ ensure_environment() {
     : >.venv/.installing
     : >.venv/install.log
     say "installing the packages into .venv (a minute or more the first time)"
-    if ! run_pip setuptools || ! run_pip --no-build-isolation -e ".[dev,plots]"; then
+    if ! run_pip setuptools || ! run_pip --no-build-isolation -e ".[dev,plots,tasks]"; then
         tail -n 15 .venv/install.log >&2
         fail "the install failed; the whole log is .venv/install.log. Run the command again to retry."
     fi

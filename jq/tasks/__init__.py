@@ -5,7 +5,7 @@ for task in results:
     for metric in task.metrics:
         print(task.name, metric.name, metric.value, metric.stderr)
 
-The harness (`pip install "jaxq[tasks]"`) chooses the items, writes the prompts and scores the
+The harness (the extra "tasks") chooses the items, writes the prompts and scores the
 answers; log-likelihoods and texts are computed here.  It is imported when a task is used.
 """
 
