@@ -32,24 +32,22 @@ def copy(source, destination) -> None:
     plgpu.copy_gmem_to_smem(source, destination, oob_mode=IN_BOUNDS)
 
 
-@plgpu.inline_mgpu()
-def commit_nothing(_) -> None:
+def commit_nothing() -> None:
     """An empty group, that waiting can count where nothing is left to copy."""
-    nvvm.cp_async_commit_group()
+    plgpu.inline_mgpu()(lambda _: nvvm.cp_async_commit_group())()
 
 
-@plgpu.inline_mgpu()
-def barrier(_) -> None:
+def barrier() -> None:
     """Of the block: shared memory written before it can be read after it."""
-    mgpu.warpgroup_barrier()
+    plgpu.inline_mgpu()(lambda _: mgpu.warpgroup_barrier())()
 
 
 def run(
     sizes: Sizes,
-    first: jax.Array,
-    end: jax.Array,
-    issue: Callable[[jax.Array, jax.Array], None],
-    step: Callable[[jax.Array, jax.Array, Any], Any],
+    first,
+    end,
+    issue: Callable[[Any, Any], None],
+    step: Callable[[Any, Any, Any], Any],
     carry: Any,
 ) -> Any:
     """Multiply stage `first` to `end - 1`, with `sizes.stages - 1` of them being copied meanwhile.
@@ -82,7 +80,7 @@ def run(
     return carry
 
 
-def share(part: jax.Array, parts: int, steps: int) -> tuple[jax.Array, jax.Array]:
+def share(part, parts: int, steps: int):
     """(first, end) of a part's steps, where `parts` blocks share them."""
     return lax.div(part * steps, jnp.int32(parts)), lax.div((part + 1) * steps, jnp.int32(parts))
 

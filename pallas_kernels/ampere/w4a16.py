@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -181,7 +181,7 @@ def kernel(plan: Plan, x, w, normaliser, scale, *rest, x_s, w_s, out_s) -> None:
             groups = [dequant.row_of(fmt, 64 * j + 64 * i // fmt.groups) for i in range(fmt.groups)]
             for t in range(config.tiles):
                 words = plgpu.load(w_s.at[slot, t, j], layout=WORDS)
-                left = dequant.operand(
+                left: Any = dequant.operand(
                     fmt,
                     words,
                     [scales[t][g] for g in groups],
