@@ -123,7 +123,8 @@ class Team:
         self.count = jax.process_count() if count is None else count
         self.timeout = timeout
         self._store = _service() if store is None and self.count > 1 else store
-        self._name = f"jaxq/{next(_teams)}" if store is None else "jaxq"
+        # Processes make their teams in the same order.
+        self._name = f"jaxq/{next(_teams)}" if store is None and self.count > 1 else "jaxq"
         self._steps = 0
         self._left = threading.Event()
 

@@ -32,6 +32,11 @@ def array_digest(array: np.ndarray) -> str:
     return hashlib.sha256(little_endian(array).reshape(-1).view(np.uint8)).hexdigest()
 
 
+def joint_digest(digests: Iterable[str]) -> str:
+    """Hex digest of the digests of an array's chunks, in order."""
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
 def bytes_entry(data: bytes) -> FileEntry:
     return FileEntry(len(data), hashlib.sha256(data).hexdigest())
 

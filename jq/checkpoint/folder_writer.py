@@ -9,28 +9,34 @@ from pathlib import Path
 from typing import Any
 
 from jq.checkpoint import files as fs
-from jq.errors import CheckpointError
+from jq.distributed import Team
+from jq.errors import CheckpointError, OutputError
 
 
 class FolderWriter:
     """A context in which a folder is built that appears complete or not at all.
 
-    A subclass opens it with `_build` when it is entered, and ends with `_publish`.
+    A subclass opens it with `_build` when it is entered, and ends with `_publish`. Where several
+    processes write, the first of them makes the folder, and holds its lock.
 
     Args:
       path: the folder to make.
       overwrite: replace an existing folder that jaxq has made.
+      team: the processes that write it, kept in step by the caller.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, overwrite: bool) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, overwrite: bool, team: Team | None = None
+    ) -> None:
         self.path = Path(os.path.realpath(path))
         self._overwrite = overwrite
+        self._given, self._team = team, team or Team()
         self._scope = contextlib.ExitStack()
         self._partial: Path | None = None
         self._finished = False
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self._scope.close()
+        self._scope.__exit__(kind, error, trace)
         if kind is None and not self._finished:
             raise CheckpointError(
                 f"{self.path}: the writer was left without finish(); nothing was kept"
@@ -40,10 +46,24 @@ class FolderWriter:
     def _build(self):
         """Take the folder's lock and give the hidden place; kept open unless an error comes."""
         with self._scope as scope:
-            partial = scope.enter_context(fs.building(self.path, overwrite=self._overwrite))
+            if self._given is None:
+                scope.enter_context(self._team)
+            building = fs.building(self.path, overwrite=self._overwrite)
+            partial = self._team.lead(
+                f"{self.path} is begun", lambda: str(scope.enter_context(building))
+            )
+            partial = Path(partial)
+            self._team.attempt(f"{self.path} is seen", lambda: self._check_seen(partial))
             yield partial
             self._partial = partial
             self._scope = scope.pop_all()
+
+    def _check_seen(self, partial: Path) -> None:
+        if not partial.is_dir():
+            raise OutputError(
+                f"{self.path}: what process 0 makes there is not seen in process "
+                f"{self._team.index}: all processes must write to one file system"
+            )
 
     def _open(self) -> Path:
         """The hidden place, while there is one."""
@@ -55,12 +75,16 @@ class FolderWriter:
     def _publish(self, small: Mapping[str, bytes]) -> None:
         """Write the last files, in order, and make the folder visible."""
         partial = self._open()
-        fs.check_room(partial, sum(map(len, small.values())))
-        with fs.output_errors(partial):
-            for name, data in small.items():
-                (partial / name).write_bytes(data)
-        # Somebody may have put something there in the meantime.
-        fs.check_target(self.path, overwrite=self._overwrite)
-        fs.publish(partial, self.path)
+
+        def publish() -> None:
+            fs.check_room(partial, sum(map(len, small.values())))
+            with fs.output_errors(partial):
+                for name, data in small.items():
+                    (partial / name).write_bytes(data)
+            # Somebody may have put something there in the meantime.
+            fs.check_target(self.path, overwrite=self._overwrite)
+            fs.publish(partial, self.path)
+
+        self._team.lead(f"{self.path} is finished", publish)
         self._finished = True
         self._partial = None

@@ -5,8 +5,10 @@
     report.json                        optional, what the caller measured per layer
     params/<part>/                     one Orbax checkpoint per top-level key of the parameters
 
-Inside a part every array is an uncompressed Zarr v2 array of one chunk, so the file that holds it
-is exactly its little-endian C-order bytes, and `sha256sum` prints the digest of the manifest.
+Inside a part every array is an uncompressed Zarr v2 array, so a file of data is exactly the
+little-endian C-order bytes of its chunk, and `sha256sum` prints the digest of the manifest. Arrays
+that several processes wrote have a chunk, and a digest, for each of their shards; all others have
+one of each. Only the former need format version 2.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from jq.packing import LAYOUT_VERSION, packed_size
 from jq.spec import QuantSpec
 
 FORMAT = "jaxq"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "jaxq.json"
 REPORT = "report.json"
 PARAMS = "params"
@@ -50,15 +52,28 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}")
 
 @dataclasses.dataclass(frozen=True)
 class ArrayEntry:
-    """One stored array; sha256 is that of its little-endian C-order bytes, in hex."""
+    """One stored array.
+
+    sha256: of its little-endian C-order bytes, in hex; where there are chunks, of their digests,
+      one after the other.
+    chunk_shape: of arrays that are cut into equal chunks; () for the others.
+    chunks: the digest of each chunk's bytes, in C order of the grid.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     sha256: str
+    chunk_shape: tuple[int, ...] = ()
+    chunks: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * np.dtype(jnp.dtype(self.dtype)).itemsize
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Chunks along each axis."""
+        return tuple(n // c for n, c in zip(self.shape, self.chunk_shape, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +130,13 @@ class Manifest:
     meta: Mapping[str, Any]
     versions: Mapping[str, str]
     files: Mapping[str, FileEntry]
-    format_version: int = FORMAT_VERSION
     packing_layout: int = LAYOUT_VERSION
+
+    @property
+    def format_version(self) -> int:
+        """The lowest that can tell all of it."""
+        cut = any(entry.chunks for part in self.parts.values() for _, entry in part.arrays())
+        return FORMAT_VERSION if cut else 1
 
     @property
     def nbytes(self) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 
 from jq import spec as spec_module
 from jq.checkpoint import format as fmt
+from jq.checkpoint.digests import joint_digest
 from jq.checkpoint.format import ArrayEntry, FileEntry, Manifest, PartEntry, QTensorEntry
 from jq.errors import CheckpointError, SpecError
 from jq.packing import LAYOUT_VERSION
@@ -95,9 +96,21 @@ def part_json(part: PartEntry) -> dict[str, Any]:
     """A part as JSON values."""
     tensors = {}
     for path, entry in part.tensors.items():
-        kind = "array" if isinstance(entry, ArrayEntry) else "qtensor"
-        tensors[path] = {"kind": kind, **dataclasses.asdict(entry)}
+        if isinstance(entry, ArrayEntry):
+            tensors[path] = {"kind": "array", **_array_json(entry)}
+            continue
+        fields = {name: _array_json(field) for name, field in entry.fields.items()}
+        spec = dataclasses.asdict(entry.spec)
+        tensors[path] = {"kind": "qtensor", "spec": spec, "k": entry.k, "n": entry.n}
+        tensors[path]["fields"] = fields
     return {"tensors": tensors, "files": _files_json(part.files)}
+
+
+def _array_json(entry: ArrayEntry) -> dict[str, Any]:
+    node = dataclasses.asdict(entry)
+    if not entry.chunks:
+        del node["chunk_shape"], node["chunks"]
+    return node
 
 
 def _files_json(files: Mapping[str, FileEntry]) -> dict[str, Any]:
@@ -137,7 +150,6 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         meta=_field(node, "meta", dict, where),
         versions=_field(node, "versions", dict, where),
         files=_parse_files(_field(node, "files", dict, where), f"{where}: files", folders=False),
-        format_version=version,
         packing_layout=layout,
     )
 
@@ -207,12 +219,34 @@ def _parse_tensor(path: str, node: Any, part: str, where: str) -> ArrayEntry | Q
 
 def _parse_array(path: str, node: Any) -> ArrayEntry:
     node = _mapping(node, path)
-    _only(node, ("dtype", "shape", "sha256"), path)
+    _only(node, ("dtype", "shape", "sha256", "chunk_shape", "chunks"), path)
     dtype = _field(node, "dtype", str, path)
     if dtype not in fmt.DTYPES:
         raise CheckpointError(f"{path}: dtype {dtype!r} is not one of {', '.join(fmt.DTYPES)}")
     shape = tuple(_size(size, path) for size in _field(node, "shape", list, path))
-    return ArrayEntry(dtype, shape, _digest(node, path))
+    entry = ArrayEntry(dtype, shape, _digest(node, "sha256", path))
+    if "chunks" not in node:
+        return entry
+    chunks = dict(enumerate(_field(node, "chunks", list, path)))
+    entry = dataclasses.replace(
+        entry,
+        chunk_shape=tuple(_size(size, path) for size in _field(node, "chunk_shape", list, path)),
+        chunks=tuple(_digest(chunks, i, f"{path}: chunks") for i in chunks),
+    )
+    _check_chunks(path, entry)
+    return entry
+
+
+def _check_chunks(path: str, entry: ArrayEntry) -> None:
+    pairs = zip(entry.shape, entry.chunk_shape, strict=False)
+    fits = len(entry.shape) == len(entry.chunk_shape) and all(c and n % c == 0 for n, c in pairs)
+    if not fits or math.prod(entry.grid) != len(entry.chunks):
+        raise CheckpointError(
+            f"{path}: {len(entry.chunks)} chunks of {list(entry.chunk_shape)} do not make up "
+            f"{list(entry.shape)}"
+        )
+    if joint_digest(entry.chunks) != entry.sha256:
+        raise CheckpointError(f"{path}: sha256 is not that of the chunks' digests")
 
 
 def _parse_files(node: dict[str, Any], where: str, *, folders: bool) -> dict[str, FileEntry]:
@@ -226,7 +260,7 @@ def _parse_files(node: dict[str, Any], where: str, *, folders: bool) -> dict[str
         entry = _mapping(entry, f"{where}: {name}")
         _only(entry, ("bytes", "sha256"), name)
         size = _size(_field(entry, "bytes", int, name), name)
-        files[name] = FileEntry(size, _digest(entry, f"{where}: {name}"))
+        files[name] = FileEntry(size, _digest(entry, "sha256", f"{where}: {name}"))
     return files
 
 
@@ -260,7 +294,7 @@ def _mapping(node: Any, where: str) -> Mapping[str, Any]:
     return node
 
 
-def _field(node: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
+def _field(node: Mapping[Any, Any], key: Any, kind: type, where: str) -> Any:
     if key not in node:
         raise CheckpointError(f"{where}: {key!r} is missing")
     value = node[key]
@@ -284,8 +318,8 @@ def _size(value: Any, where: str) -> int:
     return value
 
 
-def _digest(node: Mapping[str, Any], where: str) -> str:
-    value = _field(node, "sha256", str, where)
+def _digest(node: Mapping[Any, Any], key: Any, where: str) -> str:
+    value = _field(node, key, str, where)
     if len(value) != 64 or not set(value) <= _HEX:
         raise CheckpointError(f"{where}: {_short(value)} is not a sha256 in hex")
     return value

@@ -1,4 +1,4 @@
-"""Orbax, behind one door: a nested dict of NumPy arrays in, the same out.
+"""Orbax, behind one door: a nested dict of arrays in, the same out, of NumPy.
 
 Plain files (no OCDBT), Zarr v2, no compression: quantized weights do not compress, the size of
 every file is known beforehand, and equal inputs give equal files, which OCDBT's random file names
@@ -24,12 +24,40 @@ _METADATA = "_CHECKPOINT_METADATA"
 _COMMITTED = "commit_success.txt"
 
 
-def save_tree(folder: Path, arrays: Mapping[str, Any]) -> None:
-    """Write a nested dict of NumPy arrays (none of size zero) as an Orbax checkpoint."""
+def save_tree(folder: Path, arrays: Mapping[str, Any], *, jointly: bool = False) -> None:
+    """Write a nested dict of arrays (none of size zero) as an Orbax checkpoint.
+
+    Args:
+      folder: to be made.
+      arrays: NumPy arrays, and where all processes save jointly, jax.Arrays that lie on several.
+      jointly: all processes of the program are here, with the same tree, and the same number of
+        operations behind them (see `catch_up`): each writes the shards that it has, and process 0
+        the NumPy arrays. Otherwise nobody waits for anybody.
+    """
     ocp = _orbax()
-    with _quiet(), _context(ocp):
+    with _quiet(), _context(ocp, jointly=jointly):
         ocp.save(folder, dict(arrays), checkpointable_name=STATE)
-    _forget_time_and_place(folder)
+
+
+def operations() -> int:
+    """How many operations Orbax counts in this process."""
+    return int(_counter().get_current_operation_id())
+
+
+def catch_up(count: int) -> None:
+    """Let Orbax count on to `count` operations.
+
+    Its processes wait for each other by number, and one that has read or written something alone
+    would wait for ever.
+    """
+    while operations() < count:
+        _counter().next_operation_id()
+
+
+def _counter() -> Any:
+    from orbax.checkpoint._src.futures import synchronization
+
+    return synchronization.OperationIdGenerator
 
 
 def stored_arrays(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -60,12 +88,19 @@ def _orbax() -> Any:
     return ocp
 
 
-def _context(ocp: Any) -> Any:
+def _context(ocp: Any, *, jointly: bool = False) -> Any:
     context = ocp.Context()
     context.array.saving.use_ocdbt = False
     context.array.saving.use_zarr3 = False
     context.array.saving.use_compression = False
-    if jax.process_count() > 1:
+    if jointly:
+        # Chunks are the shards, and nothing tells of devices that a reader need not have. Naming
+        # the processes makes their barriers ones with a timeout.
+        context.array.saving.use_replica_parallel = False
+        context.array.saving.enable_write_sharding_file = False
+        context.multiprocessing.active_processes = set(range(jax.process_count()))
+        context.multiprocessing.barrier_sync_key_prefix = "jaxq"
+    elif jax.process_count() > 1:
         # Each process saves and loads for itself: no barrier may wait for the others.
         me = jax.process_index()
         context.multiprocessing.active_processes = {me}
@@ -94,8 +129,8 @@ def _quiet() -> Iterator[None]:
         logger.removeFilter(only_others)
 
 
-def _forget_time_and_place(folder: Path) -> None:
-    """Take out the clock and the folder's name, so that equal inputs give equal files."""
+def forget_time_and_place(folder: Path) -> None:
+    """Take the clock and the folder's name out of a saved tree: equal inputs give equal files."""
     metadata = folder / _METADATA
     facts = json.loads(metadata.read_text())
     metadata.write_text(

@@ -18,6 +18,7 @@ from jq.checkpoint.digests import array_digest, file_entry, in_threads
 from jq.checkpoint.format import ArrayEntry, Manifest, PartEntry, QTensorEntry
 from jq.checkpoint.manifest import parse_manifest
 from jq.checkpoint.parts import check_part, nest
+from jq.checkpoint.shards import chunk_slices
 from jq.errors import CheckpointError
 from jq.qtensor import QTensor
 
@@ -181,12 +182,16 @@ def _check_stored(
 
 
 def _check_digest(path: str, array: np.ndarray, entry: ArrayEntry) -> None:
-    found = array_digest(array)
-    if found != entry.sha256:
-        raise CheckpointError(
-            f"{path}: sha256 of the stored data is {found}, but the manifest says {entry.sha256}: "
-            "the data is damaged; copy it again"
-        )
+    places: list[Any] = [...]
+    if entry.chunks:
+        places = chunk_slices(entry.shape, entry.chunk_shape)
+    for place, wanted in zip(places, entry.chunks or (entry.sha256,), strict=True):
+        found = array_digest(array[place])
+        if found != wanted:
+            raise CheckpointError(
+                f"{path}: sha256 of the stored data is {found}, but the manifest says {wanted}: "
+                "the data is damaged; copy it again"
+            )
 
 
 def _check_order(path: str, order: np.ndarray) -> None:

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from jq.checkpoint import files as fs
 from jq.checkpoint import format as fmt
 from jq.checkpoint.digests import bytes_entry
@@ -16,6 +14,7 @@ from jq.checkpoint.folder_writer import FolderWriter
 from jq.checkpoint.format import Manifest, PartEntry
 from jq.checkpoint.manifest import encode_json, library_versions, manifest_json
 from jq.checkpoint.part_writer import save_part
+from jq.distributed import Team
 from jq.errors import CheckpointError, ModelError
 
 
@@ -27,7 +26,9 @@ class CheckpointWriter(FolderWriter):
             ...
             writer.finish({"recipe": ...})
 
-    Parts may be written as they are finished; host memory holds one at a time. Until `finish`
+    Parts may be written as they are finished; host memory holds one at a time. In a program of
+    several processes all of them do so, with the same arguments; each writes its own shards, and
+    the folder must lie on a file system that all of them see. Until `finish`
     everything stands in a hidden sibling folder, which any exception removes; what a killed process
     left is removed by the next writer. Equal parameters, files and meta give equal bytes in every
     file.
@@ -38,6 +39,7 @@ class CheckpointWriter(FolderWriter):
         they are (`jq.checkpoint.format.CONFIG_FILES`; config.json must be there).
       files: further files to put beside them, by plain name; they win over copied ones.
       overwrite: replace an existing folder that jaxq has made (anything else is never replaced).
+      team: the program's processes, where they are kept in step already.
     """
 
     def __init__(
@@ -47,28 +49,27 @@ class CheckpointWriter(FolderWriter):
         config_files_from: str | os.PathLike[str] | None = None,
         files: Mapping[str, bytes] | None = None,
         overwrite: bool = False,
+        team: Team | None = None,
     ) -> None:
-        super().__init__(path, overwrite=overwrite)
+        super().__init__(path, overwrite=overwrite, team=team)
         self._copies = _collect(config_files_from, files or {})
         self._parts: dict[str, PartEntry] = {}
 
     def __enter__(self) -> CheckpointWriter:
         """Take the folder's lock and clear away what dead processes left.
 
-        Raises OutputError: the folder is not empty, not writable, or being written by another;
-        CheckpointError in a program of several processes.
+        Raises OutputError: the folder is not empty, not writable, being written by another, or not
+        seen by all processes.
         """
         if self._partial is not None or self._finished:
             raise CheckpointError(f"{self.path}: a CheckpointWriter is for one use")
-        if jax.process_count() > 1:
-            # Orbax would wait for all processes, pids name our folders, and only one may rename.
-            raise CheckpointError(
-                f"{self.path}: checkpoints are written by programs of one process; this one is "
-                f"{jax.process_index()} of {jax.process_count()}. Gather the arrays and save them "
-                "outside of jax.distributed"
-            )
-        with self._build() as partial, fs.output_errors(partial):
-            (partial / fmt.PARAMS).mkdir()
+        with self._build() as partial:
+
+            def begin() -> None:
+                with fs.output_errors(partial):
+                    (partial / fmt.PARAMS).mkdir()
+
+            self._team.lead(f"{self.path} has room", begin)
         return self
 
     def write_part(self, name: str, subtree: Any) -> None:
@@ -85,7 +86,7 @@ class CheckpointWriter(FolderWriter):
         partial = self._open()
         if name in self._parts:
             raise CheckpointError(f"part {name!r} was written already")
-        self._parts[name] = save_part(partial / fmt.PARAMS / name, name, subtree)
+        self._parts[name] = save_part(partial / fmt.PARAMS / name, name, subtree, self._team)
 
     def link_part(self, name: str, folder: Path, part: PartEntry) -> None:
         """Take over a part that `save_part` has written into `folder`, which stays as it is.
@@ -95,9 +96,13 @@ class CheckpointWriter(FolderWriter):
         partial = self._open()
         if name in self._parts:
             raise CheckpointError(f"part {name!r} was written already")
-        with fs.output_errors(partial):
-            if folder.is_dir():  # a part of nothing but empty arrays has none
-                fs.link_tree(folder, partial / fmt.PARAMS / name)
+
+        def link() -> None:
+            with fs.output_errors(partial):
+                if folder.is_dir():  # a part of nothing but empty arrays has none
+                    fs.link_tree(folder, partial / fmt.PARAMS / name)
+
+        self._team.lead(f"part {name!r} is linked", link)
         self._parts[name] = part
 
     def finish(

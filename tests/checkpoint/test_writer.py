@@ -249,7 +249,7 @@ def test_the_disk_refuses(tmp_path, monkeypatch):
     path = write(tmp_path / "q", {"a": ONES})
     before = digests(path)
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     for module, name in [(orbax_io, "save_tree"), (files, "_sync")]:
