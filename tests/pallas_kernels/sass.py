@@ -7,6 +7,7 @@ prints one JSON object per kernel of a suite, a module of this folder with
     ALL: variants, each with a `name`, `lowering()` -> (function, shapes of its arguments), and
       `opcode`, the tensor cores' instruction that its innermost loop is known by, or None.
     CAPABILITY: (major, minor) to compile for; a process compiles for one.
+    FORBIDDEN: opcodes that must not appear, if not those of this module.
 
 Needs jax with jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cuda-nvcc and nvidia-cuda-nvdisasm (see
 scripts/sass_check).  Nothing runs: XLA's compile-only client, Mosaic and ptxas make the code.
@@ -44,7 +45,7 @@ gpu_device_info {{
 CORES = {(9, 0): 132, (8, 0): 108, (8, 6): 82, (8, 9): 128}
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
 FORBIDDEN = ("LDL", "STL", "I2F")
-SLOW_IN_LOOP = ("I2FP", "F2F", "SHFL", "STS", "MUFU")
+SLOW_IN_LOOP = ("I2F", "I2FP", "F2F", "SHFL", "STS", "MUFU")
 
 
 @dataclasses.dataclass
@@ -134,7 +135,9 @@ def innermost_loop(sass: str, opcode: str) -> str:
     return min(loops, key=len)
 
 
-def inspect(name: str, dumps: dict[str, str], opcode: str | None = "HGMMA") -> Report:
+def inspect(
+    name: str, dumps: dict[str, str], opcode: str | None = "HGMMA", unwanted=FORBIDDEN
+) -> Report:
     log, sass = dumps["ptxas"], dumps["sass_ctrl"]
     spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", log)
     opcodes, text = count(sass), innermost_loop(sass, opcode) if opcode else ""
@@ -146,8 +149,8 @@ def inspect(name: str, dumps: dict[str, str], opcode: str | None = "HGMMA") -> R
         stack=int(spills.group(1)),
         shared=int(re.search(r"smem_scratch_bytes=(\d+)", dumps["resources.txt"]).group(1)),
         warnings=[line for line in log.splitlines() if re.search(r"C75\d\d", line)],
-        forbidden=[opcode for opcode in FORBIDDEN if opcodes[opcode]]
-        + [f"{opcode} in the loop" for opcode in SLOW_IN_LOOP if loop[opcode]],
+        forbidden=[name for name in unwanted if opcodes[name]]
+        + [f"{name} in the loop" for name in SLOW_IN_LOOP if loop[name]],
         tensor=opcodes[opcode] if opcode else 0,
         drains=len(re.findall(r"DEPBAR\.LE gsb0, 0x0\b", text)),
         slots=4 * loop.total() / loop[opcode] if opcode else 0.0,
@@ -163,6 +166,7 @@ def main() -> None:
     suite = importlib.import_module(f"tests.pallas_kernels.{args.suite}")
     use_wheels_tools()
     device = compile_only_device(suite.CAPABILITY)
+    unwanted = getattr(suite, "FORBIDDEN", FORBIDDEN)
     for variant in suite.ALL:
         if args.match and not any(text in variant.name for text in args.match):
             continue
