@@ -174,9 +174,8 @@ def main() -> None:
         if args.dump:
             pathlib.Path(args.dump, f"{variant.name}.sass").write_text(dumps["sass_ctrl"])
             pathlib.Path(args.dump, f"{variant.name}.ptx").write_text(dumps["ptx"])
-        print(
-            json.dumps(dataclasses.asdict(inspect(variant.name, dumps, variant.opcode))), flush=True
-        )
+        report = inspect(variant.name, dumps, variant.opcode, unwanted)
+        print(json.dumps(dataclasses.asdict(report)), flush=True)
 
 
 if __name__ == "__main__":
