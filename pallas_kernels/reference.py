@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 INT8_MAX = 127.0
@@ -25,22 +26,38 @@ def weight_only(x: jax.Array, w: jax.Array) -> jax.Array:
     return dot(x, w.astype(x.dtype), jnp.float32).astype(x.dtype)
 
 
+def rms_norm(x: jax.Array, gain: jax.Array, epsilon: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + epsilon) * gain over the last axis, in float32, rounded to x's dtype.
+
+    Zhang & Sennrich (2019), arXiv:1910.07467.
+    """
+    wide = x.astype(jnp.float32)
+    wide = wide * lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + epsilon)
+    return (wide * jnp.broadcast_to(gain.astype(jnp.float32), x.shape)).astype(x.dtype)
+
+
 def activation_scale(x: jax.Array, dtype: jnp.dtype, axes: int | None) -> jax.Array:
     """max|x| / (largest code) over `axes` (None: all), keeping dimensions; 1 where x is all zero.
 
     NaN where x holds NaN, so that it reaches the result: int8 codes could not carry it.
     """
-    top = INT8_MAX if dtype == jnp.int8 else FP8_MAX
-    scale = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=axes, keepdims=True) / top
+    largest = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=axes, keepdims=True)
+    scale = largest * smallest_step(dtype)
     return jnp.where(scale == 0, 1.0, scale)
 
 
+def smallest_step(dtype: jnp.dtype) -> np.float32:
+    """float32(1 / largest code).  XLA divides by constants so, and by what it broadcasts: spelled
+    out, the products are the same on every backend."""
+    return np.float32(1) / np.float32(INT8_MAX if dtype == jnp.int8 else FP8_MAX)
+
+
 def quantize_activations(x: jax.Array, scale: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Nearest int8 or float8_e4m3fn codes of x / scale, clipped to the format's finite range.
+    """Nearest int8 or float8_e4m3fn codes of x * (1 / scale), clipped to the format's finite range.
 
     The clip comes before the cast: JAX's float8_e4m3fn cast turns values beyond 448 into NaN.
     """
-    scaled = x.astype(jnp.float32) / scale
+    scaled = x.astype(jnp.float32) * (1 / scale)
     if dtype == jnp.int8:
         return jnp.clip(jnp.round(scaled), -INT8_MAX, INT8_MAX).astype(jnp.int8)
     return jnp.clip(scaled, -FP8_MAX, FP8_MAX).astype(jnp.float8_e4m3fn)
