@@ -55,8 +55,8 @@ def test_the_table_says_that_it_is_a_cpu(call, tiny):
 
 
 def test_what_cannot_be_timed_is_refused(call, tiny):
-    assert "'1;8' are none" in call("bench", tiny, "--batch-sizes", "1;8").refusal
-    assert "'0' are none" in call("bench", tiny, "--batch-sizes", "0").refusal
+    assert "--batch-sizes '1;8': give" in call("bench", tiny, "--batch-sizes", "1;8").refusal
+    assert "--batch-sizes '0': give" in call("bench", tiny, "--batch-sizes", "0").refusal
     nothing = ("--no-generation", "--no-linears")
     assert "nothing to time" in call("bench", tiny, *nothing).refusal
     assert "leaves 0 of the model's 32 positions" in call("bench", tiny).err

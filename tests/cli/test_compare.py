@@ -69,7 +69,8 @@ def test_other_questions_are_refused(call, arguments):
         (("--methods", "rtn", "--current", "awq"), "--current awq is not among original, rtn"),
         (("--methods", "rtn", "--bits", "9"), "bits 9"),
         (("--methods", "rtn", "--text", "none.txt"), "none.txt"),
-        (("--methods", "rtn", "--timing", "--batch-sizes", "1;8"), "give numbers like 1,8"),
+        (("--methods", "rtn", "--timing", "--batch-sizes", "1;8"), "1 or more, like 1,8"),
+        (("--methods", "rtn", "--limit", "3"), "--limit is for tasks"),
     ],
     ids=lambda x: x if isinstance(x, str) else x[-1],
 )

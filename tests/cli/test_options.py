@@ -5,13 +5,29 @@ import dataclasses
 import pytest
 
 from jq.calib.config import CalibrationConfig
-from jq.cli.options import field_help, options_class, parse, peek, rebuild
+from jq.cli.options import (
+    field_help,
+    options_class,
+    parse,
+    peek,
+    rebuild,
+    split_counts,
+    split_names,
+)
 from jq.errors import SpecError
 from jq.methods.awq import AWQ
 from jq.methods.gptq import GPTQ
 from jq.methods.rtn import RTN
 from jq.methods.smoothquant import SmoothQuant
 from jq.presets import PRESETS
+
+
+def test_lists_of_counts_and_names_are_split_in_one_place():
+    assert split_counts(" 1,8, 1,32,", "--sizes") == (1, 8, 32)
+    assert split_names(["a, b", "b,c", ""]) == ("a", "b", "c")
+    for wrong in ("1;8", "0", "", "-1", "1.5"):
+        with pytest.raises(SpecError, match=rf"--sizes '{wrong}': give numbers of 1 or more"):
+            split_counts(wrong, "--sizes")
 
 
 @pytest.mark.parametrize("kind", [RTN, GPTQ, AWQ, SmoothQuant, CalibrationConfig])

@@ -69,7 +69,7 @@ def answers(request, tmp_path):
 
 
 @pytest.mark.slow
-def test_answers_are_those_of_the_hugging_face_backend(answers, tasks, record_property):
+def test_answers_are_those_of_the_hugging_face_backend(answers, tasks):
     from jq.tasks import HarnessLM
 
     folder, requests, theirs = answers
@@ -86,5 +86,5 @@ def test_answers_are_those_of_the_hugging_face_backend(answers, tasks, record_pr
     for kind in ("loglikelihood", "loglikelihood_rolling"):
         a, b = (np.array([np.ravel(x)[0] for x in answers[kind]]) for answers in (ours, theirs))
         worst = float(np.max(np.abs(a - b) / np.abs(b)))
-        record_property(f"{kind}, largest relative difference", worst)
+        print(f"{folder.name}: {len(a)} {kind}, largest relative difference {worst:.1e}")
         assert worst < 1e-5
