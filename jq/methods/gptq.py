@@ -186,10 +186,6 @@ def _damped_root(gram: jax.Array, damp_percent: float) -> tuple[jax.Array, jax.A
         # one of H.
         return lax.linalg.cholesky(damped[::-1, ::-1], symmetrize_input=False)[::-1, ::-1]
 
-    def bad(root):
-        # A failed factorisation is NaN all over, and NaN > 0 is false.
-        return ~(jnp.min(jnp.diagonal(root)) > 0)
-
     def attempt(state):
         tries, damp, _ = state
         damp = jnp.where(tries == 0, damp, jnp.maximum(damp * 10, 1e-4))
@@ -197,10 +193,21 @@ def _damped_root(gram: jax.Array, damp_percent: float) -> tuple[jax.Array, jax.A
 
     start = (0, jnp.float32(damp_percent), jnp.full_like(gram, jnp.nan))
     _, damp, root = lax.while_loop(
-        lambda state: (state[0] <= MAX_DAMPING_TRIES) & bad(state[2]), attempt, start
+        lambda state: (state[0] <= MAX_DAMPING_TRIES) & _broken(jnp.diagonal(state[2])),
+        attempt,
+        start,
     )
-    failed = bad(root)
+    failed = _broken(jnp.diagonal(root))
     return damp, jnp.where(failed, eye, jnp.triu(root)), failed
+
+
+def _broken(diagonal: jax.Array) -> jax.Array:
+    """Whether this is the diagonal of a factorisation that failed, which is NaN all over.
+
+    NaN > 0 is false.  Compared one by one: XLA's minimum of 4096 numbers and more takes no notice
+    of NaN on a CPU.
+    """
+    return ~jnp.all(diagonal > 0)
 
 
 def _largest_divisor(size: int, limit: int) -> int:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jq.errors import SpecError
-from jq.methods.gptq import GPTQ
+from jq.methods.gptq import GPTQ, _broken, factor_hessian
 from jq.methods.rtn import rtn_quantize
 from jq.spec import QuantSpec
 from tests.jq import problems
@@ -53,6 +53,25 @@ def test_broken_statistics_are_reported_and_rounded_to_nearest(bad, where):
     plain = rtn_quantize(w, SPEC)
     np.testing.assert_array_equal(solution.codes, plain.codes)
     np.testing.assert_array_equal(solution.scale, plain.scale)
+
+
+@pytest.mark.parametrize("size", [64, 4096, 5000])
+def test_a_factorisation_that_failed_is_seen_at_any_size(size):
+    """XLA's minimum on CPUs skips NaN from 4096 numbers on."""
+    assert not _broken(jnp.ones(size))
+    assert _broken(jnp.full(size, jnp.nan))
+    assert _broken(jnp.ones(size).at[size // 2].set(jnp.nan))
+    assert _broken(jnp.ones(size).at[-1].set(0))
+
+
+@pytest.mark.slow
+def test_a_hessian_of_many_inputs_is_factored():
+    x = np.random.default_rng(6).standard_normal((512, 4096)).astype(np.float32)
+    factor = factor_hessian(x.T @ x, QuantSpec("int4", 128), GPTQ())
+    damped = np.asarray(factor.gram) + 0.01 * np.trace(factor.gram) / 4096 * np.eye(4096)
+    root = np.asarray(factor.root)
+    assert problems.relative_error(root @ root.T, damped) < 1e-5
+    assert not factor.failed
 
 
 def test_a_fallback_with_act_order_has_rows_where_its_order_says():
