@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from jq.advise.decide import Advice, Alternative, advise
 from jq.advise.formats import Fit, Format
-from jq.advise.gpus import GPU, GPUS, find_gpu
+from jq.gpus import GPU, GPUS, find_gpu
 from jq.advise.known import find_model
 from jq.advise.situation import Situation
 

@@ -22,7 +22,7 @@ from jq.advise.formats import (
     spec_of,
     unquantized,
 )
-from jq.advise.gpus import missing
+from jq.gpus import missing
 from jq.advise.methods import Alternative, method_for
 from jq.advise.situation import Situation
 from jq.advise.warnings import warnings_for

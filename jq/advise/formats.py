@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from jq.advise.gpus import GPU, Arithmetic, missing
+from jq.gpus import GPU, Arithmetic, missing
 from jq.advise.situation import Situation
 from jq.advise.sizes import (
     HALF,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from jq.advise.gpus import GPU
+from jq.gpus import GPU
 from jq.errors import SpecError
 from jq.models import ModelConfig
 from jq.presets import find_preset
