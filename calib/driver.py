@@ -8,23 +8,26 @@ before the next comes in.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jq import tree
 from jq.blockwise import BlockwiseModel, LinearGroup
+from jq.calib.many_devices import ManyDevices
+from jq.calib.one_device import OneDevice
 from jq.calib.report import BlockReport, LinearReport, Progress, ProgressCallback
-from jq.calib.scaling import Scaling, choose_scale, sample
-from jq.calib.stages import Stream, prepare_block, run_stage
+from jq.calib.scaling import Scaling
+from jq.calib.stages import Stream
+from jq.data_mesh import checked_mesh
 from jq.errors import CalibrationError, NonFiniteError, SpecError
 from jq.evaluate.forward import vocabulary_size
 from jq.folding import fold, restore_dtypes
-from jq.group import GroupReport, round_group
+from jq.group import GroupReport
 from jq.methods.gptq import GPTQ
 from jq.preflight import check_rules
 from jq.qtensor import QTensor
@@ -71,7 +74,8 @@ class QuantizedBlock:
     params: its parameters, with QTensor leaves.
     report: what happened.
     hidden: [samples, T, D], the calibration set's hidden states as the next block reads them; None
-      after the last block, and where nothing is calibrated.
+      after the last block, and where nothing is calibrated.  On a mesh, in its order and with its
+      empty rows (see `jq.data_mesh`).
     """
 
     name: str
@@ -89,6 +93,8 @@ def quantize_model(
     mask: np.ndarray | jax.Array | None = None,
     batch_size: int = 1,
     offload: bool = False,
+    mesh: Mesh | None = None,
+    axis: str = "data",
     progress: ProgressCallback | None = None,
 ) -> tuple[dict[str, Any], tuple[BlockReport, ...]]:
     """Quantize parameters that fit in memory: (params with QTensor leaves, a report per block).
@@ -105,6 +111,8 @@ def quantize_model(
         mask=mask,
         batch_size=batch_size,
         offload=offload,
+        mesh=mesh,
+        axis=axis,
         progress=progress,
     ):
         out[block.name] = block.params
@@ -124,6 +132,8 @@ def quantize_blocks(
     offload: bool = False,
     done: int = 0,
     hidden: jax.Array | np.ndarray | None = None,
+    mesh: Mesh | None = None,
+    axis: str = "data",
     progress: ProgressCallback | None = None,
 ) -> Iterator[QuantizedBlock]:
     """Quantize a model block by block.
@@ -134,12 +144,17 @@ def quantize_blocks(
       recipe: rules matched against "layers_0/attention/q_proj"; see `jq.recipe`.
       tokens: int32 [samples, T], the calibration set; None where no method needs one.
       mask: bool [samples, T], True for real tokens.
-      batch_size: samples that are on the device at a time where hidden states are offloaded; it
+      batch_size: samples that are on a device at a time where hidden states are offloaded; it
         never changes the result.
       offload: keep the hidden states of the calibration set in host memory.  Device memory then
         holds a block, its statistics and `batch_size` samples.
       done: blocks that an earlier run has finished; those are left out.
       hidden: what the last of them left, see `QuantizedBlock`.
+      mesh: devices that share the work (see `jq.data_mesh`); None, and a mesh of one, is JAX's
+        default device.  Samples, the block's weights and the outputs of each solve are cut over
+        them.  Sums are then added in another order, so that weights near the middle between two
+        codes may come out as the other one; for a given mesh the result is always the same.
+      axis: of the mesh, the one that cuts.
       progress: called after each group of linears.
     Yields: the blocks in order, each as soon as it is finished.
     Raises: SpecError when the recipe does not fit the model, CalibrationError when statistics are
@@ -158,17 +173,23 @@ def quantize_blocks(
     calibrating = any(needs_calibration(r) for rules in plan.values() for r in _flat(rules))
     groups = len(model.linear_groups)
     clock = _Clock(progress, len(model.block_names) * groups, done * groups)
-    stream = None
+    devices = checked_mesh(mesh, axis)
+    workers: Workers = OneDevice(model, batch_size, offload)
+    if devices is not None:
+        workers = ManyDevices(model, batch_size, offload, devices, _samples(tokens))
+    stream, fed = None, 0
     if calibrating and done < len(model.block_names):
-        at_a_time = batch_size if offload else None
-        stream = _first_stream(model, source, tokens, mask, hidden, at_a_time)
+        ids, mask = _checked_tokens(tokens, mask)
+        fed = ids.size if mask is None else int(mask.sum())
+        stream = _first_stream(model, source, workers, ids, mask, hidden)
     for name in model.block_names[done:]:
-        work = _BlockWork(model, name, plan[name], batch_size, clock)
+        work = _BlockWork(model, name, plan[name], workers, fed, clock)
         block, stream = work.run(source.block(name), stream)
         yield block
         del block  # not to be held while the next one is made
 
 
+Workers = OneDevice | ManyDevices
 Rules = tuple[tuple[Rule | None, ...], ...]
 
 
@@ -185,21 +206,14 @@ def _flat(rules: Rules) -> list[Rule]:
 def _first_stream(
     model: BlockwiseModel,
     source: BlockSource,
-    tokens: Any,
-    mask: Any,
+    workers: Workers,
+    tokens: np.ndarray,
+    mask: np.ndarray | None,
     hidden: jax.Array | np.ndarray | None,
-    at_a_time: int | None,
 ) -> Stream:
-    """What the first block reads: the embedded calibration set, or what an earlier run left.
-
-    It stays in host memory if so many samples are embedded at a time.
-    """
-    tokens, mask = _checked_tokens(tokens, mask)
+    """What the first block reads: the embedded calibration set, or what an earlier run left."""
     if hidden is not None:
-        if hidden.shape[:2] != tokens.shape:
-            raise CalibrationError(f"hidden {hidden.shape} does not fit tokens {tokens.shape}")
-        stream = Stream(hidden, None, mask)
-        return stream if at_a_time else jax.device_put(stream)
+        return workers.restored(hidden, tokens, mask)
     outer = source.outer()
     vocabulary = vocabulary_size(model, outer)
     if tokens.min() < 0 or tokens.max() >= vocabulary:
@@ -207,12 +221,11 @@ def _first_stream(
             f"calibration token ids {tokens.min()}..{tokens.max()} are not all in the model's "
             f"vocabulary 0..{vocabulary - 1}: were they made by this model's tokenizer?"
         )
-    tokens = tokens.astype(np.int32)
-    if at_a_time is None:
-        return jax.device_put(Stream(_embed(model, outer, tokens), None, mask))
-    parts = [tokens[i : i + at_a_time] for i in range(0, len(tokens), at_a_time)]
-    x = np.concatenate([np.asarray(_embed(model, outer, part)) for part in parts])
-    return Stream(x, None, mask)
+    return workers.first(outer, tokens.astype(np.int32), mask)
+
+
+def _samples(tokens: Any) -> int:
+    return 0 if tokens is None else len(tokens)
 
 
 def _checked_tokens(tokens: Any, mask: Any) -> tuple[np.ndarray, np.ndarray | None]:
@@ -229,12 +242,6 @@ def _checked_tokens(tokens: Any, mask: Any) -> tuple[np.ndarray, np.ndarray | No
     if mask is not None and np.shape(mask) != tokens.shape:
         raise CalibrationError(f"mask {np.shape(mask)} does not fit tokens {tokens.shape}")
     return tokens, None if mask is None else np.asarray(mask, bool)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _embed(model: BlockwiseModel, outer: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
-    # What the embedding does not read (the output head) is not sent to the device.
-    return model.embed(outer, tokens)
 
 
 class _Clock:
@@ -257,12 +264,18 @@ class _BlockWork:
     """One block on its way from full precision to quantized."""
 
     def __init__(
-        self, model: BlockwiseModel, name: str, rules: Rules, batch_size: int, clock: _Clock
+        self,
+        model: BlockwiseModel,
+        name: str,
+        rules: Rules,
+        workers: Workers,
+        fed: int,
+        clock: _Clock,
     ) -> None:
         self.model, self.name, self.rules = model, name, rules
         self.groups = model.linear_groups
         self.kind = model.block_kind(name)
-        self.batch_size, self.clock = batch_size, clock
+        self.workers, self.fed, self.clock = workers, fed, clock
         self.reports: list[LinearReport] = []
         self.quantized: dict[str, QTensor] = {}
 
@@ -273,7 +286,7 @@ class _BlockWork:
         start = time.perf_counter()
         self._check_shapes(params)
         dtypes = {path: leaf.dtype for path, leaf in tree.leaves(params)}
-        work, finite = prepare_block(params)
+        work, finite = self.workers.prepare(params)
         self._check_finite(finite)
         if stream is None:
             for index in range(len(self.groups)):
@@ -318,12 +331,11 @@ class _BlockWork:
             method = self._scaling_method(index)
             if method is None:
                 continue
-            scaling = choose_scale(
-                self.model,
+            scaling = self.workers.choose(
                 self.kind,
                 index,
                 params,
-                sample(stream, method.search_tokens),
+                stream,
                 stats,
                 specs=tuple(None if r is None else r.spec for r in self.rules[index]),
                 method=method,
@@ -334,7 +346,7 @@ class _BlockWork:
             params, exact = fold(params, self.groups[index], scaling.scale)
             stats_of[index] = rescale(stats_of[index], exact)
             chosen[index] = scaling._replace(scale=exact)
-        return params, stats_of, chosen
+        return self.workers.settle(params), stats_of, chosen
 
     def _scales_anything(self) -> bool:
         return any(self._scaling_method(i) is not None for i in range(len(self.groups)))
@@ -352,15 +364,7 @@ class _BlockWork:
     def _stage(
         self, index: int, params: Any, stream: Stream, collect: bool
     ) -> tuple[Stream, InputStats | None]:
-        result = run_stage(
-            self.model,
-            self.kind,
-            index,
-            params,
-            stream,
-            collect=collect,
-            batch_size=self.batch_size,
-        )
+        result = self.workers.stage(self.kind, index, params, stream, collect=collect)
         finite = np.asarray(result.finite)
         if not finite.all():
             where = self.groups[index].name + "'s input" if index < len(self.groups) else "output"
@@ -370,18 +374,15 @@ class _BlockWork:
                 "nothing was quantized from it"
             )
         if collect:
-            self._check_statistics(index, result.stats, result.stream)
+            self._check_statistics(index, result.stats)
         return result.stream, result.stats
 
-    def _check_statistics(self, index: int, stats: InputStats | None, stream: Stream) -> None:
+    def _check_statistics(self, index: int, stats: InputStats | None) -> None:
         assert stats is not None
-        fed = stream.x.shape[0] * stream.x.shape[1]
-        if stream.mask is not None:
-            fed = int(np.asarray(stream.mask).sum())
         seen, trace = int(stats.count), float(np.trace(np.asarray(stats.gram)))
         path = f"{self.name}/{self.groups[index].linears[0]}"
-        if seen != fed or seen == 0:
-            raise CalibrationError(f"{path}: statistics saw {seen} tokens, but {fed} were fed")
+        if seen != self.fed or seen == 0:
+            raise CalibrationError(f"{path}: statistics saw {seen} tokens, but {self.fed} were fed")
         if not trace > 0:
             raise CalibrationError(
                 f"{path}: every calibration input is zero (trace of the Hessian {trace}); "
@@ -416,12 +417,12 @@ class _BlockWork:
         for rule in dict.fromkeys(r for r in rules if r is not None):
             assert rule.spec is not None  # `resolve` gives rules without one as None
             linears = [n for n, r in zip(group.linears, rules, strict=True) if r == rule]
-            qtensors, kernels, report = round_group(
+            qtensors, kernels, report = self.workers.round(
                 [tree.get(params, f"{n}/kernel") for n in linears],
                 stats,
                 rule.spec,
                 rounding_of(rule.method),
-                scale=None if scaling is None else scaling.scale,
+                None if scaling is None else scaling.scale,
             )
             for linear, qtensor, kernel in zip(linears, qtensors, kernels, strict=True):
                 path = f"{linear}/kernel"

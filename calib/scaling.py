@@ -21,7 +21,7 @@ from jq.spec import QuantSpec
 from jq.statistics import InputStats
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from jaxtyping import Array, Bool, Float
 
 
 class Scaling(NamedTuple):
@@ -41,7 +41,9 @@ def sample(stream: Stream, tokens: int) -> Stream:
     return jax.tree.map(lambda a: a[:count], stream)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "kind", "index", "specs", "method"))
+@functools.partial(
+    jax.jit, static_argnames=("model", "kind", "index", "specs", "method", "axis_name")
+)
 def choose_scale(
     model: BlockwiseModel,
     kind: Hashable,
@@ -52,6 +54,8 @@ def choose_scale(
     *,
     specs: tuple[QuantSpec | None, ...],
     method: AWQ | SmoothQuant,
+    real: Bool[Array, "B"] | None = None,
+    axis_name: str | None = None,
 ) -> Scaling:
     """The scale for group `index` of a block in full precision.
 
@@ -61,8 +65,11 @@ def choose_scale(
       stats: statistics of that input over all tokens.
       specs: format of each linear of the group; None where it stays in full precision.
       method: with its options.
+      real, axis_name: inside `jax.shard_map`, `stream` is a device's share of the sample, of whose
+        rows those count that are `real`; the scale is that of the whole, on every device.
     """
     group = model.linear_groups[index]
+    total = _of_one if axis_name is None else functools.partial(lax.psum, axis_name=axis_name)
     weights = [tree.get(params, f"{linear}/kernel") for linear in group.linears]
     quantized = [(w, spec) for w, spec in zip(weights, specs, strict=True) if spec is not None]
     if isinstance(method, SmoothQuant):
@@ -72,20 +79,30 @@ def choose_scale(
             return Scaling(scale, jnp.float32(method.alpha))
         loss = None
         if len(set(specs)) == 1:
-            loss = _block_part_loss(model, kind, index, params, stream, specs, _smoothed_inputs)
+            loss = _block_part_loss(
+                model, kind, index, params, stream, real, specs, _smoothed_inputs
+            )
         if loss is None:
-            loss = _linears_loss(quantized, stream)
-        scale, alpha, _ = smoothquant.search_alpha(x_max, w_max, loss)
+            # One range for all of x, perhaps: each device looks at the whole sample.
+            whole = stream if axis_name is None else lax.all_gather(stream, axis_name, tiled=True)
+            loss, total = _linears_loss(quantized, whole), _of_one
+        scale, alpha, _ = smoothquant.search_alpha(x_max, w_max, loss, total)
         return Scaling(scale, alpha)
     abs_mean, magnitude = awq_terms(group, quantized, stats, method)
     if not method.search_scale:
         scale = awq.scale_of(method.exponent, abs_mean, magnitude)
         return Scaling(scale, jnp.float32(method.exponent))
-    loss = _block_part_loss(model, kind, index, params, stream, specs)
+    loss = _block_part_loss(model, kind, index, params, stream, real, specs)
     if loss is None:
         loss = total_loss([awq.gram_loss([w], stats.gram, spec) for w, spec in quantized])
-    scale, _, best = awq.search_scale(abs_mean, magnitude, loss, method.n_grid)
+        total = _of_one
+    scale, _, best = awq.search_scale(abs_mean, magnitude, loss, method.n_grid, total)
     return Scaling(scale, jnp.where(best == 0, jnp.nan, (best - 1) / method.n_grid))
+
+
+def _of_one(losses: jax.Array) -> jax.Array:
+    """The losses of a device that has seen the whole sample."""
+    return losses
 
 
 def _linears_loss(quantized: Sequence[Any], stream: Stream) -> Callable[[jax.Array], jax.Array]:
@@ -111,6 +128,7 @@ def _block_part_loss(
     index: int,
     params: Any,
     stream: Stream,
+    real: jax.Array | None,
     specs: Sequence[QuantSpec | None],
     inputs: Callable[[jax.Array, jax.Array, Any], jax.Array] = _same_inputs,
 ) -> Callable[[jax.Array], jax.Array] | None:
@@ -153,11 +171,12 @@ def _block_part_loss(
         run = outputs(kernels)
 
         def add(total, part):
-            target, sample = part
+            target, sample, real = part
             sample = sample._replace(x=inputs(sample.x, scale, specs[0]))
-            return total + jnp.sum(jnp.square((run(sample) - target) @ following)), None
+            error = jnp.sum(jnp.square((run(sample) - target) @ following))
+            return total + (error if real is None else jnp.where(real, error, 0.0)), None
 
-        total, _ = lax.scan(add, jnp.float32(0), (targets, stream))
+        total, _ = lax.scan(add, jnp.float32(0), (targets, stream, real))
         return total
 
     return loss

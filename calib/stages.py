@@ -69,14 +69,14 @@ def run_stage(
         first = model.linear_groups[index].linears[0]
         stats = statistics.init(tree.get(params, f"{first}/kernel").shape[-2])
     if not isinstance(stream.x, np.ndarray):
-        result = _run_samples(model, kind, index, params, stream, stats, samples)
+        result = run_samples(model, kind, index, params, stream, stats, samples)
         return result._replace(stats=_finished(result.stats))
     size = max(b for b in range(1, min(batch_size, samples) + 1) if samples % b == 0)
     whole, waiting = _Whole(samples), None
     for start in range(0, samples, size):
         chunk = jax.device_put(jax.tree.map(lambda a: a[start : start + size], stream))  # noqa: B023
         # Dispatch is asynchronous: this chunk is computed while the one before is fetched.
-        part = _run_samples(model, kind, index, params, chunk, stats, size)
+        part = run_samples(model, kind, index, params, chunk, stats, size)
         stats = part.stats
         if waiting is not None:
             whole.add(*waiting)
@@ -105,7 +105,7 @@ class _Whole:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "kind", "index"))
-def _run_samples(model, kind, index, params, stream, stats, count) -> StageResult:
+def run_samples(model, kind, index, params, stream, stats, count) -> StageResult:
     """The stage on the first `count` samples, which are all; statistics are added to `stats`.
 
     XLA does not know the count, and cannot fit the loop to it: its body is the same program for any

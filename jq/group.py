@@ -78,11 +78,16 @@ def round_group(
     if isinstance(rounding, GPTQ):
         # Apart from the rest, because it compiles once for all weights with as many inputs.
         hessian = factor_hessian(_gram(stats), spec, rounding)
-    return _round_group(tuple(weights), stats, hessian, scale, spec, rounding)
+    return solve_group(tuple(weights), stats, hessian, scale, spec, rounding)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "rounding"))
-def _round_group(weights, stats, hessian, scale, spec, rounding):
+@functools.partial(jax.jit, static_argnames=("spec", "rounding", "axis_name"))
+def solve_group(weights, stats, hessian, scale, spec, rounding, axis_name=None) -> RoundedGroup:
+    """`round_group` with the Hessian already factored; None where the rounding needs none.
+
+    axis_name: inside `jax.shard_map`, the mesh axis over whose devices the outputs of each weight
+      are cut: results are those of the shards, the report that of the whole.
+    """
     weights = [w.astype(jnp.float32) for w in weights]
     if spec.granularity in ("tensor", "block"):
         # Outputs share scales within a linear: linears must not see each other.
@@ -99,7 +104,7 @@ def _round_group(weights, stats, hessian, scale, spec, rounding):
     input_scale = static_input_scale(stats, spec)
     qtensors = tuple(s.to_qtensor(spec, input_scale=input_scale) for s in solutions)
     kernels = tuple(s.dequantize(spec) for s in solutions)
-    report = _report(weights, kernels, stats, scale, spec, damp, failed)
+    report = _report(weights, kernels, stats, scale, spec, damp, failed, axis_name)
     return RoundedGroup(qtensors, kernels, report)
 
 
@@ -135,11 +140,12 @@ def _report(
     spec: QuantSpec,
     damp: jax.Array,
     failed: jax.Array,
+    axis_name: str | None,
 ) -> GroupReport:
     w, q = (jnp.concatenate(list(parts), axis=1) for parts in (weights, rounded))
     # [outputs, linears]: which output is whose.  Sums over outputs are products with it.
     owner = jnp.repeat(jnp.eye(len(weights)), np.array([w.shape[1] for w in weights]), axis=0)
-    energy = jnp.sum(jnp.square(jnp.stack([w - q, w])), axis=1) @ owner
+    energy = _whole(jnp.sum(jnp.square(jnp.stack([w - q, w])), axis=1) @ owner, axis_name)
     weight_error = _ratio(energy[0], energy[1])
     if stats is None:
         unknown = jnp.full((len(weights),), jnp.nan)
@@ -159,10 +165,15 @@ def _report(
     # The output energy of D is tr(D' H D), by output and then by linear.
     parts = jnp.stack([w - q, w, w - nearest])
     seen = jnp.einsum("jk,pkn->pjn", stats.gram, parts, precision=jax.lax.Precision.HIGHEST)
-    energy = jnp.sum(parts * seen, axis=1) @ owner
+    energy = _whole(jnp.sum(parts * seen, axis=1) @ owner, axis_name)
     return GroupReport(
         weight_error, _ratio(energy[0], energy[1]), _ratio(energy[2], energy[1]), damp, failed
     )
+
+
+def _whole(energy: jax.Array, axis_name: str | None) -> jax.Array:
+    """The sum over the devices that hold the outputs."""
+    return energy if axis_name is None else jax.lax.psum(energy, axis_name)
 
 
 def _ratio(part: jax.Array, whole: jax.Array) -> jax.Array:

@@ -74,7 +74,7 @@ def update(
 def _add_gram(gram: Float[Array, "K K"], x: Float[Array, "T K"]) -> Float[Array, "K K"]:
     """gram + x' x, in row panels that start at the diagonal: little more than half the work."""
     k = x.shape[1]
-    size = k // PANELS if k % PANELS == 0 and k >= 64 * PANELS else k
+    size = panel_size(k)
     for start in range(0, k, size):
         # Products of bfloat16 are exact in float32; float32 must not be cut to TF32 on a GPU.
         panel = lax.dot_general(
@@ -87,6 +87,30 @@ def _add_gram(gram: Float[Array, "K K"], x: Float[Array, "T K"]) -> Float[Array,
         before = lax.slice(gram, (start, start), (start + size, k))
         gram = lax.dynamic_update_slice(gram, before + panel, (start, start))
     return gram
+
+
+def panel_size(k: int) -> int:
+    """Rows of a panel of the Gram matrix of k inputs."""
+    return k // PANELS if k % PANELS == 0 and k >= 64 * PANELS else k
+
+
+def all_reduce(stats: InputStats, axis_name: str) -> InputStats:
+    """Statistics of the tokens of all devices along a mesh axis, on every one of them.
+
+    Before `finish`, inside `jax.shard_map`, `jax.pmap` or `jax.vmap`.  One sum, of the panels that
+    `update` fills (5/8 of the Gram matrix), and one maximum of K numbers.
+    """
+    k = stats.abs_sum.shape[0]
+    size = panel_size(k)
+    panels = [stats.gram[i : i + size, i:].reshape(-1) for i in range(0, k, size)]
+    parts = lax.psum(jnp.concatenate([*panels, stats.abs_sum, stats.count[None]]), axis_name)
+    gram, start = jnp.zeros_like(stats.gram), 0
+    for row in range(0, k, size):
+        panel = parts[start : start + size * (k - row)].reshape(size, k - row)
+        gram = lax.dynamic_update_slice(gram, panel, (row, row))
+        start += panel.size
+    abs_max = lax.pmax(stats.abs_max, axis_name)
+    return InputStats(gram, parts[start:-1], abs_max, parts[-1])
 
 
 def finish(stats: InputStats) -> InputStats:

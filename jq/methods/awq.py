@@ -92,10 +92,12 @@ def search_scale(
     magnitude: Float[Array, "K"] | None,
     loss: Callable[[jax.Array], jax.Array],
     n_grid: int,
+    total: Callable[[jax.Array], jax.Array] = lambda losses: losses,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The scale with the least loss among no scaling and `n_grid` exponents.
 
     loss: scale [K] -> scalar.
+    total: makes all losses those of the whole, where a device's `loss` knows its own samples only.
     Returns: scale [K]; the losses, float32 [1 + n_grid], no scaling first; and the index of the
       best.
     """
@@ -106,7 +108,7 @@ def search_scale(
         scale = jnp.where(plain, 1.0, scale_of(exponent, abs_mean, magnitude))
         return loss(scale)
 
-    losses = lax.map(attempt, jnp.concatenate([jnp.full((1,), -1.0), exponents]))
+    losses = total(lax.map(attempt, jnp.concatenate([jnp.full((1,), -1.0), exponents])))
     losses = jnp.where(jnp.isfinite(losses), losses, jnp.inf)
     best = jnp.argmin(losses)
     chosen = scale_of(exponents[jnp.maximum(best - 1, 0)], abs_mean, magnitude)

@@ -76,11 +76,15 @@ def smoothing_scale(
 
 
 def search_alpha(
-    x_max: Float[Array, "K"], w_max: Float[Array, "K"], loss: Callable[[jax.Array], jax.Array]
+    x_max: Float[Array, "K"],
+    w_max: Float[Array, "K"],
+    loss: Callable[[jax.Array], jax.Array],
+    total: Callable[[jax.Array], jax.Array] = lambda losses: losses,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The scale with the least loss: that of one of AUTO_ALPHAS, or none.
 
     No alpha gives scales of 1, which are the best where no channel stands out.
+    total: makes all losses those of the whole, where a device's `loss` knows its own samples only.
     Returns: (scale [K], alpha, losses); losses[0] is that of no smoothing, for which alpha is NaN.
     """
     alphas = jnp.asarray((jnp.nan, *AUTO_ALPHAS), jnp.float32)
@@ -88,7 +92,7 @@ def search_alpha(
     def scale_of(alpha: jax.Array) -> jax.Array:
         return jnp.where(jnp.isnan(alpha), 1.0, smoothing_scale(alpha, x_max, w_max))
 
-    losses = lax.map(lambda alpha: loss(scale_of(alpha)), alphas)
+    losses = total(lax.map(lambda alpha: loss(scale_of(alpha)), alphas))
     best = jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf))
     return scale_of(alphas[best]), alphas[best], losses
 

@@ -44,11 +44,11 @@ def leaf(path):
 @contextlib.contextmanager
 def broken_update(monkeypatch, update):
     """Statistics that are updated by `update`; no program made with it survives."""
-    stages._run_samples.clear_cache()
+    stages.run_samples.clear_cache()
     monkeypatch.setattr(statistics, "update", update)
     yield
     monkeypatch.undo()
-    stages._run_samples.clear_cache()
+    stages.run_samples.clear_cache()
 
 
 def test_a_disconnected_hook_is_noticed(monkeypatch):
@@ -290,15 +290,15 @@ def test_dead_and_huge_channels(name, size):
 
 def test_a_failed_solve_is_in_the_report(monkeypatch):
     """No damping helps: rounded to nearest, and said."""
-    from jq.calib import driver
+    from jq.calib import one_device
 
     def failing(*args, **options):
         group = round_group(*args, **options)
         report = group.report._replace(failed=jnp.bool_(True), damp=jnp.float32(10.0))
         return group._replace(report=report)
 
-    round_group = driver.round_group
-    monkeypatch.setattr(driver, "round_group", failing)
+    round_group = one_device.round_group
+    monkeypatch.setattr(one_device, "round_group", failing)
     _, reports = run((Rule("layers_1/mlp/down_proj", INT4, GPTQ()),))
     (report,) = reported(reports)
     assert report.warnings == ("no damping made the Hessian positive definite: rounded to nearest",)
@@ -307,7 +307,7 @@ def test_a_failed_solve_is_in_the_report(monkeypatch):
         group = round_group(*args, **options)
         return group._replace(report=group.report._replace(damp=jnp.float32(0.1)))
 
-    monkeypatch.setattr(driver, "round_group", damped)
+    monkeypatch.setattr(one_device, "round_group", damped)
     _, reports = run((Rule("layers_1/mlp/down_proj", INT4, GPTQ()),))
     assert reported(reports)[0].warnings == ("damping raised from 0.01 to 0.1",)
 

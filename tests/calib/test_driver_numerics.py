@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jq import tree
-from jq.calib import driver
+from jq.calib import driver, one_device
 from jq.methods.awq import AWQ
 from jq.methods.rtn import RTN
 from jq.methods.smoothquant import SmoothQuant
@@ -138,9 +138,9 @@ def test_quantized_weights_run_as_they_were_calibrated():
         seen[weights[0].shape, len(weights)] = stats
         return round_group(weights, stats, *args, **options)
 
-    round_group = driver.round_group
+    round_group = one_device.round_group
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driver, "round_group", record)
+        patch.setattr(one_device, "round_group", record)
         out, _ = driver.quantize_model(model, params, recipe, decoders.tokens())
     stage = jax.jit(model.block_stage, static_argnums=(0, 1))
     h, carry = model.embed(out, decoders.tokens()), None

@@ -115,8 +115,8 @@ def test_depth_costs_no_compilation(compilations):
     assert found[0] == found[1]
     stages, groups = 3, 2
     # The search for scales and the rounding run the same programs.
-    assert found[0].count("jit(_run_samples)") == stages
-    assert found[0].count("jit(_round_group)") == groups
+    assert found[0].count("jit(run_samples)") == stages
+    assert found[0].count("jit(solve_group)") == groups
     assert found[0].count("jit(choose_scale)") == groups
     params, tokens = toy.make_params(1, model), toy.tokens(seed=5)
     compilations.clear()
@@ -132,5 +132,5 @@ def test_depth_of_a_decoder_costs_no_compilation(compilations):
         model, params, _, _ = decoders.make("llama3", layers)
         found.append(compiled(compilations, model, params, recipe, decoders.tokens()))
     assert found[0] == found[1]
-    assert found[0].count("jit(_run_samples)") == 5
-    assert found[0].count("jit(_round_group)") == 4
+    assert found[0].count("jit(run_samples)") == 5
+    assert found[0].count("jit(solve_group)") == 4

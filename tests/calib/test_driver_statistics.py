@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jq.calib import driver
+from jq.calib import driver, one_device
 from jq.group import round_group
 from jq.methods.awq import AWQ
 from jq.methods.gptq import GPTQ
@@ -45,7 +45,7 @@ def recorded(recipe: Any, *, masked: bool = False) -> tuple[Any, list, list]:
         return round_group(weights, stats, spec, RTN(), scale)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driver, "round_group", record)
+        patch.setattr(one_device, "round_group", record)
         model, params, _, _ = decoders.make()
         mask = mask_of_both_sides() if masked else None
         out, reports = driver.quantize_model(model, params, recipe, decoders.tokens(), mask=mask)

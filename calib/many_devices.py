@@ -1,0 +1,472 @@
+"""The work on a block, shared by the devices of a mesh: samples, weights and outputs are cut.
+
+Every program is a `jax.shard_map` in which each device does what one device would, on its part:
+
+* a stage gathers the kernels it runs, and runs them on the device's own samples, one by one;
+* statistics are added up by each device, and over the devices once per group;
+* the Hessian is factored by every device for itself.  If one did it the others would wait as long,
+  and what the sum saves (to one instead of to all) is spent on handing out the factor;
+* a solve takes the device's own columns of each weight, which is how weights lie anyway.
+
+Weights lie in shards of their last axis.  What the devices do not divide, or whose outputs share
+one scale, lies whole on every device, and each of them solves it.
+
+What the programs exchange, in bytes: `jq.communication`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jq import statistics, tree
+from jq.blockwise import BlockwiseModel
+from jq.calib.one_device import check_hidden, embed
+from jq.calib.scaling import Scaling, choose_scale
+from jq.calib.stages import StageResult, Stream, prepare_block, ready, run_samples
+from jq.data_mesh import DataMesh, shard_axis
+from jq.group import RoundedGroup, solve_group
+from jq.methods.awq import AWQ
+from jq.methods.gptq import GPTQ, HessianFactor, factor_hessian
+from jq.methods.rtn import RTN
+from jq.methods.smoothquant import SmoothQuant
+from jq.qtensor import QTensor
+from jq.sharding import misfit, partition_specs
+from jq.spec import QuantSpec
+from jq.statistics import InputStats
+
+Specs = tuple[P, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ManyDevices:
+    """`jq.calib.one_device.OneDevice` on a mesh.
+
+    model: see `jq.blockwise`.
+    batch_size, offload: see `quantize_blocks`; batch_size counts the samples of each device.
+    devices: the mesh.
+    samples: of the calibration set.
+
+    A stream's arrays are [D * rows, ...] in the order of `DataMesh.deal`, cut over the devices;
+    with `offload` they are NumPy arrays, the rows of this process's devices.
+    """
+
+    model: BlockwiseModel
+    batch_size: int
+    offload: bool
+    devices: DataMesh
+    samples: int
+
+    def first(self, outer: Mapping[str, Any], tokens: np.ndarray, mask: Any) -> Stream:
+        """What the first block reads: the embedded calibration set.
+
+        The default device embeds it, `batch_size` samples at a time.
+        """
+        dealt = self.devices.deal(tokens)
+        shape = jax.eval_shape(lambda t: embed(self.model, outer, t), dealt).shape
+
+        def part(index: Any) -> np.ndarray:
+            some, size = dealt[index[0]], self.batch_size
+            x = [embed(self.model, outer, some[i : i + size]) for i in range(0, len(some), size)]
+            return np.concatenate([np.asarray(a) for a in x])
+
+        x = self._own(shape[0], part) if self.offload else self._made(shape, part)
+        return Stream(x, None, self._mask(mask))
+
+    def restored(self, hidden: Any, tokens: np.ndarray, mask: Any) -> Stream:
+        """What a block reads, as the one before has left it in an earlier run."""
+        shape = (self.devices.rows_of(len(tokens)) * self.devices.size, tokens.shape[1])
+        check_hidden(hidden, shape)
+        hidden = np.asarray(hidden)
+        if self.offload:
+            x = self._own(shape[0], lambda index: hidden[index[0]])
+        else:
+            x = self._made(hidden.shape, lambda index: hidden[index])
+        return Stream(x, None, self._mask(mask))
+
+    def prepare(self, params: Any) -> tuple[Any, Any]:
+        """See `prepare_block`; the block lies in shards afterwards."""
+        params = self.settle(params)
+        return _prepare(params, devices=self.devices, specs=_specs(params))
+
+    def settle(self, params: Any) -> Any:
+        """Parameters that were changed or have just come, in their shards."""
+        return jax.tree.map(
+            lambda a: a if isinstance(a, QTensor) else place_shards(self.devices, a),
+            params,
+            is_leaf=lambda a: isinstance(a, QTensor),
+        )
+
+    def stage(
+        self, kind: Hashable, index: int, params: Any, stream: Stream, *, collect: bool
+    ) -> StageResult:
+        """See `run_stage`."""
+        stats = self._empty(index, params) if collect else None
+        run = functools.partial(
+            _stage,
+            model=self.model,
+            kind=kind,
+            index=index,
+            devices=self.devices,
+            specs=_specs(params),
+        )
+        counts = self.devices.counts(self.samples)
+        if not self.offload:
+            x, carry, finite, stats = run(params, stream, stats, self._dealt(counts))
+            flags = self.devices.undeal(np.asarray(finite), self.samples)
+        else:
+            x, carry, flags, stats = self._in_chunks(run, params, stream, stats, counts)
+        if stats is not None:
+            stats = _finish(stats, devices=self.devices)
+        return StageResult(Stream(x, carry, stream.mask), stats, flags)
+
+    def _in_chunks(self, run: Any, params: Any, stream: Stream, stats: Any, counts: Any) -> Any:
+        """A stage on a stream in host memory: `batch_size` rows of each device at a time."""
+        rows = self.devices.rows_of(self.samples)
+        size = max(b for b in range(1, min(self.batch_size, rows) + 1) if rows % b == 0)
+        whole, flags, waiting = None, [], None
+        for start in range(0, rows, size):
+            chunk = self._chunk(stream, start, size)
+            some = self._dealt(np.clip(counts - start, 0, size).astype(np.int32))
+            x, carry, finite, stats = run(params, chunk, stats, some)
+            # Dispatch is asynchronous: this chunk is computed while the one before is fetched.
+            if waiting is not None:
+                whole = self._fetch(whole, *waiting)
+            waiting = start, (x, carry)
+            flags.append(finite)
+        assert waiting is not None
+        x, carry = self._fetch(whole, *waiting)
+        finite = np.concatenate(
+            [self.devices.undeal(np.asarray(f), self.devices.size * size) for f in flags]
+        )
+        return x, carry, finite[: self.samples], stats
+
+    def choose(
+        self,
+        kind: Hashable,
+        index: int,
+        params: Any,
+        stream: Stream,
+        stats: InputStats,
+        *,
+        specs: tuple[QuantSpec | None, ...],
+        method: AWQ | SmoothQuant,
+    ) -> Scaling:
+        """See `choose_scale`: each device looks at its share of the first samples."""
+        count = min(self.samples, max(1, method.search_tokens // stream.x.shape[1]))
+        rows = self.devices.rows_of(count)
+        return _choose(
+            params,
+            self._chunk(stream, 0, rows) if self.offload else stream,
+            stats,
+            self._dealt(self.devices.counts(count)),
+            model=self.model,
+            kind=kind,
+            index=index,
+            specs=specs,
+            method=method,
+            devices=self.devices,
+            cuts=_specs(params),
+            rows=rows,
+        )
+
+    def round(
+        self,
+        weights: Sequence[jax.Array],
+        stats: InputStats | None,
+        spec: QuantSpec,
+        rounding: RTN | GPTQ,
+        scale: jax.Array | None,
+    ) -> RoundedGroup:
+        """See `round_group`: each device solves its columns of each weight."""
+        hessian = None
+        if isinstance(rounding, GPTQ):
+            assert stats is not None, "the driver collects what GPTQ needs"
+            hessian = _factor(stats.gram, spec, rounding, devices=self.devices)
+        cut = [columns_are_cut(spec, w.shape[0], w.shape[1], self.devices.size) for w in weights]
+        parts = []
+        for which in sorted(set(cut)):
+            chosen = [i for i, is_cut in enumerate(cut) if is_cut == which]
+            some = tuple(weights[i] for i in chosen)
+            if not which:
+                some = jax.device_put(some, self.devices.sharding())
+            made = _solve(
+                some, stats, hessian, scale, spec, rounding, devices=self.devices, cut=which
+            )
+            parts.append((chosen, made))
+        return parts[0][1] if len(parts) == 1 else _merged(parts)
+
+    # Where arrays lie
+
+    def _rows(self) -> NamedSharding:
+        return self.devices.sharding(self.devices.axis)
+
+    def _made(self, shape: tuple[int, ...], part: Any) -> jax.Array:
+        return jax.make_array_from_callback(shape, self._rows(), part)
+
+    def _own(self, rows: int, part: Any) -> np.ndarray:
+        """The parts of this process's devices, one after the other."""
+        return np.concatenate([part((cut,)) for cut in self._own_rows(rows)])
+
+    def _own_rows(self, rows: int) -> list[slice]:
+        places = self._rows().addressable_devices_indices_map((rows,)).values()
+        starts = {(cut[0].start or 0): cut[0] for cut in places if cut is not None}
+        return [starts[start] for start in sorted(starts)]
+
+    def _mask(self, mask: Any) -> Any:
+        if mask is None:
+            return None
+        dealt = self.devices.deal(np.asarray(mask))
+        if self.offload:
+            return self._own(len(dealt), lambda index: dealt[index[0]])
+        return self._made(dealt.shape, lambda index: dealt[index])
+
+    def _dealt(self, counts: np.ndarray) -> jax.Array:
+        return self._made(counts.shape, lambda index: counts[index])
+
+    def _chunk(self, stream: Stream, start: int, size: int) -> Stream:
+        """Rows [start, start + size) of every device, on the devices."""
+        rows = self.devices.rows_of(self.samples)
+
+        def put(a: np.ndarray) -> jax.Array:
+            some = a.reshape(-1, rows, *a.shape[1:])[:, start : start + size]
+            shape = (self.devices.size * size, *a.shape[1:])
+            some = some.reshape(-1, *a.shape[1:])
+            return jax.make_array_from_process_local_data(self._rows(), some, shape)
+
+        return jax.tree.map(put, stream)
+
+    def _fetch(self, whole: Any, start: int, part: Any) -> Any:
+        """`whole`, made if it is None, with the rows of this process's devices filled in."""
+        rows = self.devices.rows_of(self.samples)
+
+        def own(a: jax.Array) -> np.ndarray:
+            shards = {shard.index[0].start or 0: shard.data for shard in a.addressable_shards}
+            return np.stack([np.asarray(shards[start]) for start in sorted(shards)])
+
+        part = jax.tree.map(own, part)
+        if whole is None:
+            whole = jax.tree.map(
+                lambda a: np.empty((a.shape[0] * rows, *a.shape[2:]), a.dtype), part
+            )
+        for all_rows, some in zip(jax.tree.leaves(whole), jax.tree.leaves(part), strict=True):
+            view = all_rows.reshape(some.shape[0], rows, *some.shape[2:])
+            view[:, start : start + some.shape[1]] = some
+        return whole
+
+    def _empty(self, index: int, params: Any) -> InputStats:
+        first = self.model.linear_groups[index].linears[0]
+        return _zeros(tree.get(params, f"{first}/kernel").shape[-2], devices=self.devices)
+
+
+def columns_are_cut(spec: QuantSpec, k: int, n: int, parts: int) -> bool:
+    """Whether so many devices share the outputs of a weight: whole groups and bytes for each."""
+    return spec.granularity != "tensor" and misfit(spec, k, n, 1, parts, tiled=False) is None
+
+
+def place_shards(devices: DataMesh, array: Any) -> jax.Array:
+    """An array of a block's parameters in its shards (see `shard_axis`)."""
+    at = shard_axis(np.shape(array), devices.size)
+    sharding = devices.sharding(*() if at is None else (*(None,) * at, devices.axis))
+    if isinstance(array, jax.Array):
+        return array if array.sharding == sharding else jax.device_put(array, sharding)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def _specs(params: Any) -> Specs:
+    return tuple(leaf.sharding.spec for leaf in jax.tree.leaves(params))
+
+
+def _tree_of(params: Any, specs: Specs) -> Any:
+    return jax.tree.unflatten(jax.tree.structure(params), specs)
+
+
+def _gathered(params: Any, specs: Specs, axis: str) -> Any:
+    """Shards -> whole arrays.  The compiler drops what the program does not read."""
+    whole = [
+        lax.all_gather(a, axis, axis=tuple(spec).index(axis), tiled=True) if axis in spec else a
+        for a, spec in zip(jax.tree.leaves(params), specs, strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params), whole)
+
+
+def _merged(parts: Sequence[tuple[list[int], RoundedGroup]]) -> RoundedGroup:
+    """One group of linears that were rounded in several programs, in their order."""
+    order = np.argsort([i for chosen, _ in parts for i in chosen])
+    groups = [made for _, made in parts]
+
+    def ordered(lists: Any) -> tuple[Any, ...]:
+        flat = [item for items in lists for item in items]
+        return tuple(flat[i] for i in order)
+
+    reports = [group.report for group in groups]
+    report = reports[0]._replace(
+        **{
+            field: jnp.concatenate([getattr(report, field) for report in reports])[order]
+            for field in ("weight_error", "output_error", "rtn_output_error")
+        }
+    )
+    return RoundedGroup(
+        ordered(group.qtensors for group in groups),
+        ordered(group.kernels for group in groups),
+        report,
+    )
+
+
+# The programs
+
+
+@functools.partial(jax.jit, static_argnames=("devices", "specs"))
+def _prepare(params, *, devices: DataMesh, specs: Specs):
+    axis = devices.axis
+
+    def local(params):
+        wide, finite = prepare_block(params)
+        flags, structure = jax.tree.flatten(finite)
+        bad = lax.psum(jnp.stack(flags).astype(jnp.float32) - 1.0, axis)
+        return wide, jax.tree.unflatten(structure, list(bad == 0))
+
+    cuts = _tree_of(params, specs)
+    return jax.shard_map(
+        local, mesh=devices.mesh, in_specs=(cuts,), out_specs=(cuts, P()), check_vma=False
+    )(params)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "kind", "index", "devices", "specs"))
+def _stage(params, stream, stats, counts, *, model, kind, index, devices: DataMesh, specs: Specs):
+    """(x, carry, finite, stats): of every device its rows and sums, but all flags."""
+    axis = devices.axis
+
+    def local(params, stream, stats, count):
+        # In the dtype of the products before they travel.
+        params = _gathered(ready(params, stream.x.dtype), specs, axis)
+        stats = jax.tree.map(lambda a: a[0], stats)
+        made = run_samples(model, kind, index, params, stream, stats, count[0])
+        finite = lax.all_gather(made.finite, axis, tiled=True)
+        sums = jax.tree.map(lambda a: a[None], made.stats)
+        return made.stream.x, made.stream.carry, finite, sums
+
+    rows = P(axis)
+    return jax.shard_map(
+        local,
+        mesh=devices.mesh,
+        in_specs=(_tree_of(params, specs), rows, rows, rows),
+        out_specs=(rows, rows, P(), rows),
+        check_vma=False,
+    )(params, stream, stats, counts)
+
+
+@functools.partial(jax.jit, static_argnames=("k", "devices"))
+def _zeros(k: int, *, devices: DataMesh) -> InputStats:
+    """Statistics of no tokens for every device, [D, ...]."""
+    return jax.shard_map(
+        lambda: jax.tree.map(lambda a: a[None], statistics.init(k)),
+        mesh=devices.mesh,
+        in_specs=(),
+        out_specs=P(devices.axis),
+        check_vma=False,
+    )()
+
+
+@functools.partial(jax.jit, static_argnames="devices")
+def _finish(stats: InputStats, *, devices: DataMesh) -> InputStats:
+    """Statistics of all devices' tokens, on every device."""
+
+    def local(stats):
+        mine = jax.tree.map(lambda a: a[0], stats)
+        return statistics.finish(statistics.all_reduce(mine, devices.axis))
+
+    return jax.shard_map(
+        local, mesh=devices.mesh, in_specs=(P(devices.axis),), out_specs=P(), check_vma=False
+    )(stats)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "rounding", "devices"))
+def _factor(gram, spec: QuantSpec, rounding: GPTQ, *, devices: DataMesh) -> HessianFactor:
+    """See `factor_hessian`; every device does it all."""
+    return jax.shard_map(
+        lambda gram: factor_hessian(gram, spec, rounding),
+        mesh=devices.mesh,
+        in_specs=(P(),),
+        out_specs=P(),
+        check_vma=False,
+    )(gram)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "rounding", "devices", "cut"))
+def _solve(weights, stats, hessian, scale, spec, rounding, *, devices: DataMesh, cut: bool):
+    """See `solve_group`; `cut`: of each weight the device's own columns."""
+    axis = devices.axis if cut else None
+
+    def local(weights, stats, hessian, scale):
+        made = solve_group(weights, stats, hessian, scale, spec, rounding, axis)
+        # Static sizes are the whole's (see `jq.sharding`).
+        tensors = [dataclasses.replace(q, n=n) for q, n in zip(made.qtensors, columns, strict=True)]
+        return made._replace(qtensors=tuple(tensors))
+
+    columns = [w.shape[1] for w in weights]
+    whole = jax.eval_shape(
+        lambda *args: solve_group(*args, spec, rounding).qtensors, weights, stats, hessian, scale
+    )
+    cuts: Any = (tuple(partition_specs(q, n=axis) for q in whole), P(None, axis), P())
+    return jax.shard_map(
+        local,
+        mesh=devices.mesh,
+        in_specs=(P(None, axis), P(), P(), P()),
+        out_specs=RoundedGroup(*cuts),
+        check_vma=False,
+    )(weights, stats, hessian, scale)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("model", "kind", "index", "specs", "method", "devices", "cuts", "rows"),
+)
+def _choose(
+    params,
+    stream,
+    stats,
+    counts,
+    *,
+    model,
+    kind,
+    index,
+    specs,
+    method,
+    devices: DataMesh,
+    cuts: Specs,
+    rows: int,
+) -> Scaling:
+    """See `choose_scale`."""
+    axis = devices.axis
+
+    def local(params, stream, stats, count):
+        return choose_scale(
+            model,
+            kind,
+            index,
+            _gathered(params, cuts, axis),
+            jax.tree.map(lambda a: a[:rows], stream),
+            stats,
+            specs=specs,
+            method=method,
+            real=jnp.arange(rows) < count[0],
+            axis_name=axis,
+        )
+
+    return jax.shard_map(
+        local,
+        mesh=devices.mesh,
+        in_specs=(_tree_of(params, cuts), P(axis), P(), P(axis)),
+        out_specs=P(),
+        check_vma=False,
+    )(params, stream, stats, counts)
