@@ -36,6 +36,7 @@ from jq.models import Decoder, HFCheckpoint, ModelConfig
 from jq.models.hf_names import weight_table
 from jq.preflight import check_recipe
 from jq.recipe import Method, Recipe, needs_calibration
+from jq.requirements.of_checkpoint import check_resources, run_of_checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,7 @@ def quantize_checkpoint(
     offload: bool = False,
     overwrite: bool = False,
     restart: bool = False,
+    unchecked: bool = False,
     progress: ProgressCallback | None = None,
     meta: Mapping[str, Any] | None = None,
     target: Literal["orbax"] | ExportFormat = "orbax",
@@ -96,6 +98,7 @@ def quantize_checkpoint(
       overwrite: replace an existing folder that jaxq has made.
       restart: forget what an unfinished run to `out` has done. Without it, finished blocks of an
         equal run are taken over, and any other unfinished run is refused.
+      unchecked: start even where memory or disk seem too small (see `jq.requirements`).
       progress: called after each group of linears.
       meta: further facts for the manifest, beside "model", "recipe" and "calibration".
       target: "orbax" makes a jaxq checkpoint; "gptq", "awq" and "compressed-tensors" make folders
@@ -103,12 +106,17 @@ def quantize_checkpoint(
       options, shard_bytes: of those folders, see `jq.formats.plan` and `jq.formats.shards`.
     Returns: a report, which also stands in the checkpoint.
     Raises: before anything is computed, what `check_run` raises, and CalibrationError for missing
-      or unfit calibration data, and OutputError where another run is unfinished; later
-      NonFiniteError, and OutputError when the disk refuses.
+      or unfit calibration data, ResourceError where memory is too small, and OutputError where
+      the disk is, or another run is unfinished; later NonFiniteError, and OutputError when the
+      disk refuses.
     """
     start = time.perf_counter()
     source = check_run(model_path, out, recipe, overwrite=overwrite, target=target, options=options)
     calibration = _fitting(calibration, recipe, source.config)
+    if not unchecked:
+        tokens = None if calibration is None else calibration.tokens.shape
+        memory = {"batch_size": batch_size, "offload": offload, "target": target}
+        check_resources(run_of_checkpoint(source, recipe, tokens, **memory), out)
     facts = {
         "model": Path(model_path).resolve().name,
         "recipe": recipe_json(recipe),

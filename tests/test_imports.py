@@ -14,7 +14,7 @@ LINKED = ("models", "calib", "pallas_kernels")
 # The command line and the calls that put a whole model together stand above everything else.
 ABOVE = (
     *("jq.cli", "jq.__main__", "jq.api", "jq.pipeline", "jq.journal", "jq.formats"),
-    *("jq.advise", "jq.bench", "jq.compare"),
+    *("jq.advise", "jq.bench", "jq.compare", "jq.requirements.of_checkpoint"),
 )
 # Beside JAX and the standard library, nothing may be needed to import the package.
 LEFT_OUT = (

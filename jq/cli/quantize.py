@@ -78,6 +78,8 @@ def run(arguments: Sequence[str]) -> int:
     shard_bytes = args.export.shard_bytes()
     source = check_run(folder, args.out, recipe, overwrite=args.overwrite, **target)
     calibration = _calibration(source, recipe, calibration_config, args)
+    if args.dry_run:
+        return _dry_run(source, recipe, calibration, calibration_config, args)
     with Meter("quantize") as meter, _told_how_to_go_on(args.out):
         report = quantize_checkpoint(
             folder,
@@ -88,6 +90,7 @@ def run(arguments: Sequence[str]) -> int:
             offload=calibration_config.offload,
             overwrite=args.overwrite,
             restart=args.restart,
+            unchecked=args.unchecked,
             progress=lambda step: meter.show(step.done, step.total, _step_text(step)),
             meta={"model": DEMO_NAME} if made_of_demo(folder) else None,
             shard_bytes=shard_bytes,
@@ -99,6 +102,31 @@ def run(arguments: Sequence[str]) -> int:
         count = sum(text in linear.warnings for linear in report.linears)
         warn(f"{text} ({count} linears)")
     _summarize(report)
+    return 0
+
+
+def _dry_run(
+    source: Any,
+    recipe: Recipe,
+    calibration: CalibrationData | None,
+    config: CalibrationConfig,
+    args: Any,
+) -> int:
+    """Say what the run would need; what cannot fit is refused as the run itself would be."""
+    from jq.cli import dry_run
+    from jq.requirements.of_checkpoint import check_resources, run_of_checkpoint
+
+    run = run_of_checkpoint(
+        source,
+        recipe,
+        None if calibration is None else calibration.tokens.shape,
+        batch_size=config.batch_size,
+        offload=config.offload,
+        target=args.format,
+    )
+    rates = dry_run.measure_rates(run.compute_bytes)
+    dry_run.show(run, args.out, rates)
+    check_resources(run, args.out)
     return 0
 
 
@@ -141,6 +169,8 @@ def _parse(arguments: Sequence[str]) -> tuple[Any, Method]:
         ("format", _format(), "orbax"),
         ("overwrite", _switch("replace an existing folder that jaxq has made"), False),
         ("restart", _switch("forget what an unfinished run to DIR has done"), False),
+        ("dry_run", _switch("say what the run will need, and do nothing"), False),
+        ("unchecked", _switch("start even where memory or disk seem too small"), False),
         ("numbers", Numbers, chosen),
         *rounding,
         ("options", Annotated[options, tyro.conf.arg(name=type(base).__name__)], options()),
