@@ -1,7 +1,7 @@
 """What the kernels take from JAX beyond its stable API, in one place, for jax >= 0.11.2, < 0.13.
 
-Everything used here is spelled alike in 0.11.2 and 0.12; what is not (loads that take an index,
-direct stores of register fragments to global memory, `transpose_ref`) the kernels do not use.
+Everything used here is spelled alike in 0.11.2 and 0.12, but for `store_to_global`; what else is
+not (loads that take an index, `transpose_ref`) the kernels do not use.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ __all__ = [
     "nvvm",
     "pl",
     "plgpu",
+    "store_to_global",
     "swizzled",
     "vector",
 ]
@@ -64,3 +65,11 @@ def swizzled(shape: tuple[int, ...], dtype, swizzle: int = 128):
     tiling = plgpu.TilingTransform((8, columns))  # pyright: ignore[reportAbstractUsage]
     swizzling = plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
     return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzling))
+
+
+def store_to_global(destination, values) -> None:
+    """Registers to global memory, in a layout that need not fill whole cache lines."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(destination, values, optimized=False)  # pyright: ignore[reportAttributeAccessIssue]
+    else:  # jax 0.11
+        destination[...] = values

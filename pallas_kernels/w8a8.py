@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from jq.pallas_kernels import reference
+from jq.pallas_kernels.ampere.config import CAPABILITIES, W8Config
 from jq.pallas_kernels.config8 import Config8, Prefill8Config
 from jq.pallas_kernels.weight8 import W8Weight, unsupported_format8
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Float32, Shaped
 
-HOPPER = (9, 0)
+HOPPER, ADA = (9, 0), (8, 9)
 OUTPUTS = ("bfloat16", "float16")
 # Mosaic copies rows in tiles of 8, and lowers no array of more rows that does not divide into them.
 _TILE_ROWS = 8
@@ -26,9 +27,9 @@ def w8a8(
     x_scale: Float32[Array, "..."],
     w: W8Weight,
     *,
-    bias: Float[Array, " N"] | None = None,
+    bias: Float[Array, "..."] | None = None,
     out_dtype: Any = jnp.bfloat16,
-    config: Config8 | None = None,
+    config: Config8 | W8Config | None = None,
     interpret: bool = False,
     compute_capability: tuple[int, int] = HOPPER,
 ) -> Float[Array, "*B N"]:
@@ -41,25 +42,54 @@ def w8a8(
       w: the weight, of logical shape [K, N].
       bias: [N], bfloat16, float16 or float32; added in float32.
       out_dtype: bfloat16 or float16.
-      config: tile sizes; None: the fastest known, or estimated, for the shape (see `choose8`).
-      interpret: run the kernel's schedule on the CPU, in Mosaic's interpreter, detecting races.
-        It wants more threads than a small machine's XLA has: set the environment variable NPROC
-        to 16 before JAX is imported.
-      compute_capability: of the device, which decides between the kernels of the GPU families.
+      config: tile sizes, of the device's kernels; None: the fastest known, or estimated, for the
+        shape (see `choose8` and `ampere.tuning`).
+      interpret: run the kernel's schedule on the CPU, in Mosaic's interpreter, detecting races;
+        on Hopper's only.  It wants more threads than a small machine's XLA has: set the
+        environment variable NPROC to 16 before JAX is imported.
+      compute_capability: of the device: (9, 0) or (8, 9), or for int8 (8, 6) or (8, 0) too.
     Returns: `out_dtype` [..., N].  int8 products are summed exactly, in int32.  float8 products are
       summed by the tensor cores over 128 inputs at a time, and those sums in float32.
-    Raises: ValueError when the sizes or dtypes do not match.
+    Raises: ValueError when the sizes or dtypes do not match, or where there is no such kernel.
     """
     _check(x_codes, x_scale, w, bias, out_dtype)
     lead, m = x_codes.shape[:-1], math.prod(x_codes.shape[:-1])
     if m == 0:
         return jnp.zeros((*lead, w.n), out_dtype)
-    del compute_capability
-    config = config or choose8(m, w)
+    if reason := _no_kernels(w.dtype, compute_capability):
+        raise ValueError(reason)
     rows = x_codes.reshape(m, w.k)
+    if compute_capability == HOPPER:
+        y = _hopper(rows, x_scale, w, bias, out_dtype, config, interpret)
+    else:
+        if interpret:
+            raise ValueError("Mosaic's interpreter knows none of the instructions of capability 8")
+        if not isinstance(config, W8Config | None):
+            raise ValueError(f"{config} is of another device's kernels: give a W8Config")
+        from jq.pallas_kernels.ampere.w8a8 import w8a8_ampere
+
+        y = w8a8_ampere(
+            rows,
+            _row_scale(x_scale, m, w),
+            w,
+            bias=bias,
+            out_dtype=out_dtype,
+            config=config,
+            compute_capability=compute_capability,
+        )
+    return y.reshape(*lead, w.n)
+
+
+def _hopper(rows, x_scale, w: W8Weight, bias, out_dtype, config, interpret: bool):
+    """rows [M, K] @ w -> [M, N]."""
+    m = rows.shape[0]
+    config = config or choose8(m, w)
+    if isinstance(config, W8Config):
+        raise ValueError(f"{config} is of another device's kernels: give a config8.Decode8Config")
     if m > _TILE_ROWS and m % _TILE_ROWS:
         rows = jnp.pad(rows, ((0, -m % _TILE_ROWS), (0, 0)))
-    scale = _kernel_scale(x_scale, m, w)
+    # The scales of a block's rows lie beside each other.
+    scale = _row_scale(x_scale, m, w).T.reshape(-1)
     # Mosaic is imported when it is needed: a CPU does without.
     if isinstance(config, Prefill8Config):
         from jq.pallas_kernels.w8a8_prefill import prefill8
@@ -69,7 +99,7 @@ def w8a8(
         from jq.pallas_kernels.w8a8_decode import decode8
 
         y = decode8(rows, scale, w, bias, out_dtype, config, interpret)
-    return y[:m].reshape(*lead, w.n)
+    return y[:m]
 
 
 def w8a8_reference(
@@ -77,7 +107,7 @@ def w8a8_reference(
     x_scale: Float32[Array, "..."],
     w: W8Weight,
     *,
-    bias: Float[Array, " N"] | None = None,
+    bias: Float[Array, "..."] | None = None,
     out_dtype: Any = jnp.bfloat16,
 ) -> Float[Array, "*B N"]:
     """The XLA version of `w8a8`, for any backend: the same products, scales and one rounding.
@@ -88,7 +118,7 @@ def w8a8_reference(
     """
     _check(x_codes, x_scale, w, bias, out_dtype, (*OUTPUTS, "float32"))
     codes = w.codes.T
-    sums = jnp.float32 if bias is not None else out_dtype
+    sums = jnp.dtype(jnp.float32 if bias is not None else out_dtype)
     if w.block is None:
         y = reference.scaled_matmul(x_codes, x_scale, codes, w.scale[None, :], sums)
     else:
@@ -111,15 +141,16 @@ def supported8(w: W8Weight, m: int, compute_capability: tuple[int, int] | str) -
     if isinstance(compute_capability, str):
         major, _, minor = compute_capability.partition(".")
         compute_capability = int(major), int(minor or 0)
-    if compute_capability != HOPPER:
-        spelled = ".".join(map(str, compute_capability))
-        return f"the kernels are for compute capability 9.0 (Hopper), not {spelled}"
+    if reason := _no_kernels(w.dtype, compute_capability):
+        return reason
     if w.ndim != 2:
         return f"the weight is stacked, {w.shape}: index or scan over the leading axes first"
     if m < 1:
         return "there are no rows"
     if reason := unsupported_format8(w.k, w.n, w.dtype, w.block):
         return reason
+    if compute_capability != HOPPER:
+        return None
     from jq.pallas_kernels import tuning8
 
     if tuning8.slower_than_xla(m, w.k, w.n, dtype=w.dtype.name, block=w.block):
@@ -134,11 +165,27 @@ def choose8(m: int, w: W8Weight) -> Config8:
     return tuning8.choose(m, w.k, w.n, dtype=w.dtype.name, block=w.block)
 
 
-def _kernel_scale(x_scale: jax.Array, m: int, w: W8Weight) -> jax.Array:
-    """float32 [m], or [K/128 * m], the scales of a block's rows beside each other."""
+def _no_kernels(dtype: jnp.dtype, capability: tuple[int, int]) -> str | None:
+    """Why there are no kernels for codes of a dtype on such a device, or None if there are."""
+    spelled = ".".join(map(str, capability))
+    if capability not in (HOPPER, *CAPABILITIES):
+        return (
+            "the kernels are for compute capability 8.0, 8.6 (Ampere), 8.9 (Ada) and 9.0 (Hopper), "
+            f"not {spelled}"
+        )
+    if dtype != jnp.int8 and capability < ADA:
+        return (
+            "float8 kernels are for compute capability 8.9 (Ada) and 9.0 (Hopper): the tensor "
+            f"cores of {spelled} multiply int8"
+        )
+    return None
+
+
+def _row_scale(x_scale: jax.Array, m: int, w: W8Weight) -> jax.Array:
+    """float32 [m], or [m, K/128]."""
     if w.block is None:
         return jnp.broadcast_to(x_scale.reshape(-1), (m,))
-    return x_scale.reshape(m, w.k // w.block).T.reshape(-1)
+    return x_scale.reshape(m, w.k // w.block)
 
 
 def _check(x, x_scale, w, bias, out_dtype, outputs=OUTPUTS) -> None:

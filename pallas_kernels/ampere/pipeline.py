@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jq.pallas_kernels.ampere.config import Sizes
-from jq.pallas_kernels.compat import mgpu, nvvm, pl, plgpu
+from jq.pallas_kernels.compat import mgpu, nvvm, pl, plgpu, store_to_global
 
 # Copies are not predicated: what is copied has to be there.
 IN_BOUNDS = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
@@ -34,12 +34,22 @@ def copy(source, destination) -> None:
 
 def commit_nothing() -> None:
     """An empty group, that waiting can count where nothing is left to copy."""
-    plgpu.inline_mgpu()(lambda _: nvvm.cp_async_commit_group())()
+
+    @plgpu.inline_mgpu()
+    def group(_) -> None:
+        nvvm.cp_async_commit_group()
+
+    group()  # pyright: ignore[reportCallIssue]
 
 
 def barrier() -> None:
     """Of the block: shared memory written before it can be read after it."""
-    plgpu.inline_mgpu()(lambda _: mgpu.warpgroup_barrier())()
+
+    @plgpu.inline_mgpu()
+    def wait(_) -> None:
+        mgpu.warpgroup_barrier()
+
+    wait()  # pyright: ignore[reportCallIssue]
 
 
 def run(
@@ -95,4 +105,4 @@ def store(staged, out, swizzle: int) -> None:
     """Bring a tile of shared memory to global memory in whole rows, after a barrier."""
     barrier()
     layout = plgpu.Layout.SMEM_GMEM_COPY(staged.shape, staged.dtype, swizzle=swizzle)
-    out[...] = plgpu.load(staged, layout=layout, optimized=False)
+    store_to_global(out, plgpu.load(staged, layout=layout, optimized=False))

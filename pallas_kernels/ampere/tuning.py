@@ -38,10 +38,8 @@ W4_CANDIDATES: tuple[W4Config, ...] = tuple(
     for block_m, tiles, slices, stages in (
         (16, 2, 2, 4),
         (16, 1, 2, 4),
-        (16, 2, 1, 4),
         (16, 1, 1, 4),
         (32, 2, 2, 3),
-        (32, 2, 1, 4),
         (32, 1, 1, 4),
         (64, 2, 1, 4),
         (64, 2, 1, 3),
@@ -56,15 +54,11 @@ W8_CANDIDATES: tuple[W8Config, ...] = tuple(
         (16, 64, 2, 4),
         (16, 64, 1, 4),
         (16, 128, 2, 3),
-        (16, 128, 2, 4),
         (32, 64, 2, 3),
-        (32, 64, 1, 4),
         (32, 128, 2, 3),
         (64, 64, 1, 4),
-        (64, 64, 2, 3),
         (64, 128, 1, 4),
         (64, 128, 2, 3),
-        (64, 128, 1, 3),
         (128, 128, 1, 4),
         (128, 128, 1, 3),
     )
@@ -74,7 +68,6 @@ W8_CANDIDATES: tuple[W8Config, ...] = tuple(
 _LATENCY = 700.0  # clocks from a copy's start to its end
 _LAUNCH, _FILL, _ADD = 3000.0, 1500.0, 3000.0
 _REGISTERS = 65536
-_SCHEDULERS = 4
 
 
 @functools.lru_cache(maxsize=4096)

@@ -99,6 +99,14 @@ def w4a16_ampere(
 
 def multiply(x: jax.Array, w: W4Weight, config: W4Config) -> jax.Array:
     """x [M, K] @ w [K, N] -> [M, N] in x's dtype; sizes are multiples of the config's."""
+    product = launch(x, w, config)
+    if config.split == 1:
+        return product
+    return (jnp.sum(product, 0).T * w.normaliser[None, :]).astype(x.dtype)
+
+
+def launch(x: jax.Array, w: W4Weight, config: W4Config) -> jax.Array:
+    """The kernel alone: the product, or each part's sums, float32 [split, N, M]."""
     fmt = dequant.Format(w.dtype, w.group_size, w.symmetric)
     plan = Plan(config, fmt, x.shape[0], w.n, w.k)
     split = config.split > 1
@@ -106,7 +114,7 @@ def multiply(x: jax.Array, w: W4Weight, config: W4Config) -> jax.Array:
     inputs = [x, w.fragments, w.normaliser, w.scale]
     if w.offset is not None:
         inputs.append(w.offset)
-    product = plgpu.kernel(
+    return plgpu.kernel(
         functools.partial(kernel, plan),
         out_type=sums if split else jax.ShapeDtypeStruct((plan.m, plan.n), x.dtype),
         scratch_types=_shared_memory(plan),
@@ -115,9 +123,6 @@ def multiply(x: jax.Array, w: W4Weight, config: W4Config) -> jax.Array:
         compiler_params=pipeline.COMPILER,
         kernel_name=f"w4a16_ampere_{config.name}_{fmt.name}",
     )(*inputs)
-    if not split:
-        return product
-    return (jnp.sum(product, 0).T * w.normaliser[None, :]).astype(x.dtype)
 
 
 def _shared_memory(plan: Plan) -> dict:

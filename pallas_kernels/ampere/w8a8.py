@@ -157,15 +157,35 @@ def multiply(
 
     x_scale: float32 [M], or [K/128, M] where the weight has scales per block.  bias: float32 [N].
     """
+    product = launch(x, x_scale, w, bias, out, config)
+    if config.split == 1:
+        return product
+    y = jnp.sum(product, 0, dtype=product.dtype).astype(jnp.float32)
+    if w.block is None:
+        y = y * x_scale[:, None] * w.scale[None, :]
+    if bias is not None:
+        y = y + bias[None, :]
+    return y.astype(out)
+
+
+def launch(
+    x: jax.Array,
+    x_scale: jax.Array,
+    w: W8Weight,
+    bias: jax.Array | None,
+    out: Any,
+    config: W8Config,
+) -> jax.Array:
+    """The kernel alone: the product, or each part's sums, int32 or float32 [split, M, N]."""
     m, n = x.shape[0], w.n
-    dtype, result = jnp.dtype(x.dtype).name, jnp.dtype(out).name
+    dtype, result = w.dtype.name, jnp.dtype(out).name
     plan = Plan(config, dtype, w.block, bias is not None, result, m, n, w.k)
     split = config.split > 1
     # What is split is scaled when it is added up, but for scales of blocks, which differ.
     scales = [x_scale, w.scale] if not split or w.block else []
     bias_in = [] if bias is None or split else [bias]
     shape = (config.split, m, n) if split else (m, n)
-    product = plgpu.kernel(
+    return plgpu.kernel(
         functools.partial(kernel, plan),
         out_type=jax.ShapeDtypeStruct(shape, plan.sums if split else out),
         scratch_types=_shared_memory(plan),
@@ -174,14 +194,6 @@ def multiply(
         compiler_params=pipeline.COMPILER,
         kernel_name=plan.name,
     )(x, w.codes, *scales, *bias_in)
-    if not split:
-        return product
-    y = jnp.sum(product, 0, dtype=plan.sums).astype(jnp.float32)
-    if w.block is None:
-        y = y * x_scale[:, None] * w.scale[None, :]
-    if bias is not None:
-        y = y + bias[None, :]
-    return y.astype(out)
 
 
 def _shared_memory(plan: Plan) -> dict:

@@ -150,6 +150,10 @@ class Machine:
         wide = np.int32 if left.dtype == np.int8 else np.float64
         return (sums + left.astype(wide) @ right.astype(wide)).astype(sums.dtype)
 
+    @staticmethod
+    def store_to_global(destination: Ref, values) -> None:
+        destination[...] = values
+
     # pl
 
     @staticmethod
@@ -228,7 +232,8 @@ def standing_in(machine: Machine, module):
 
         for where in (module, pipeline):
             replace(where, pl=machine, plgpu=machine, lax=machine, jnp=NUMPY)
-        replace(pipeline, barrier=machine.barrier, commit_nothing=machine.commit_nothing)
+        for name in ("barrier", "commit_nothing", "store_to_global"):
+            replace(pipeline, **{name: getattr(machine, name)})
         if module is w4a16:
             names = vars(dequant) | {"operand": operand, "first_row": first_row}
             replace(module, dequant=SimpleNamespace(**names))

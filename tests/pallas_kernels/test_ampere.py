@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jq.pallas_kernels import w8a8, weight, weight8
+from jq.pallas_kernels import w4a16, w8a8, weight, weight8
 from jq.pallas_kernels.ampere import tuning
 from jq.pallas_kernels.ampere.config import CAPABILITIES, SHARED_MEMORY, W4Config, W8Config
 from jq.pallas_kernels.ampere.w4a16 import w4a16_ampere
 from jq.pallas_kernels.ampere.w8a8 import w8a8_ampere
 from jq.pallas_kernels.compat import plgpu
+from jq.pallas_kernels.config import DecodeConfig
+from jq.pallas_kernels.config8 import Decode8Config
 from tests.pallas_kernels import emulated, interpreted
 
 # Norm over norm: the product is rounded once, from float32 sums of exact operands.
@@ -94,6 +96,55 @@ def test_eight_bit_schedule(case):
     if dtype == "int8":
         # Sums are exact, and scaled as the reference scales them.
         np.testing.assert_array_equal(y, w8a8.w8a8_reference(x, x_scale, w, **options))
+
+
+# The entries
+
+
+def test_entry_of_int4():
+    w = interpreted.weight(128, 64, 64, False, "bfloat16")
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 128)), "bfloat16")
+    with emulated.emulation():
+        y = w4a16.w4a16(x, w, compute_capability=(8, 6))
+    assert y.shape == (2, 3, 64)
+    assert norm_error(y, np.asarray(w4a16.w4a16_reference(x, w), np.float64)) < 2.0**-8
+    with pytest.raises(ValueError, match="interpreter knows none"):
+        w4a16.w4a16(x, w, interpret=True, compute_capability=(8, 0))
+    with pytest.raises(ValueError, match="another device's kernels"):
+        w4a16.w4a16(x, w, config=DecodeConfig(), compute_capability=(8, 0))
+    with pytest.raises(ValueError, match="another device's kernels"):
+        w4a16.w4a16(x, w, config=W4Config())
+    with pytest.raises(ValueError, match=r"not 7\.5"):
+        w4a16.w4a16(x, w, compute_capability=(7, 5))
+
+
+@pytest.mark.parametrize("scalar", [False, True])
+def test_entry_of_eight_bits(scalar):
+    x, x_scale, w, b = problem8(6, 128, 64, "int8", False, True)
+    x, x_scale = x.reshape(2, 3, 128), x_scale.reshape(2, 3, 1)
+    if scalar:
+        x_scale = x_scale[0, 0, 0]
+    with emulated.emulation():
+        y = w8a8.w8a8(x, x_scale, w, bias=b, compute_capability=(8, 0))
+    np.testing.assert_array_equal(y, w8a8.w8a8_reference(x, x_scale, w, bias=b))
+    with pytest.raises(ValueError, match="interpreter knows none"):
+        w8a8.w8a8(x, x_scale, w, interpret=True, compute_capability=(8, 0))
+    with pytest.raises(ValueError, match="another device's kernels"):
+        w8a8.w8a8(x, x_scale, w, config=Decode8Config(), compute_capability=(8, 0))
+    with pytest.raises(ValueError, match="another device's kernels"):
+        w8a8.w8a8(x, x_scale, w, config=W8Config())
+
+
+def test_what_is_supported_on_which_device():
+    eight = [problem8(1, 128, 128, d, False, False) for d in ("int8", "float8_e4m3fn")]
+    for capability in CAPABILITIES:
+        assert w8a8.supported8(eight[0][2], 1, capability) is None
+    assert w8a8.supported8(eight[1][2], 1, "8.9") is None
+    x, x_scale, w, _ = eight[1]
+    for capability in ((8, 0), (8, 6)):
+        assert "multiply int8" in str(w8a8.supported8(w, 1, capability))
+        with pytest.raises(ValueError, match="float8 kernels are for"):
+            w8a8.w8a8(x, x_scale, w, compute_capability=capability)
 
 
 class WithoutBarriers(emulated.Machine):

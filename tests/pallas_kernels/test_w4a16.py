@@ -136,7 +136,9 @@ def test_supported():
     w = prepared()
     assert w4a16.supported(w, 1, (9, 0)) is None
     assert w4a16.supported(w, 5000, "9.0") is None
-    assert "9.0 (Hopper), not 8.9" in str(w4a16.supported(w, 1, "8.9"))
+    assert all(w4a16.supported(w, 1, one) is None for one in ("8.0", (8, 6), "8.9"))
+    assert "9.0 (Hopper), not 7.5" in str(w4a16.supported(w, 1, "7.5"))
+    assert "not 10.0" in str(w4a16.supported(w, 1, (10, 0)))
     assert "no rows" in str(w4a16.supported(w, 0, (9, 0)))
     stacked = jax.tree.map(lambda a: a[None], w)
     assert "stacked" in str(w4a16.supported(stacked, 1, (9, 0)))

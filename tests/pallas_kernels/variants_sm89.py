@@ -1,0 +1,8 @@
+"""The kernels that are assembled for compute capability 8.9."""
+
+from tests.pallas_kernels import variants_ampere
+
+CAPABILITY = (8, 9)
+ALL = variants_ampere.SM89
+# int32 sums become float32 once all are there.
+FORBIDDEN = ("LDL", "STL")
