@@ -8,7 +8,6 @@ from jq.pallas_kernels.config import SHARED_MEMORY
 
 SLICE = 128  # inputs that are multiplied at once: a row of them fills the swizzle's 128 bytes
 BARRIERS = 512  # bytes that they take at most
-_BIAS = 1024  # of 256 columns, and what follows it is aligned to as much
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +52,11 @@ class Decode8Config:
     def shared_bytes(self) -> int:
         """Upper bound over the formats, but for the barriers."""
         stage = (self.block_m + self.block_n) * SLICE * self.slices
-        stage += 4 * self.slices * scale_rows(self.block_m)
-        # The result, and what the other blocks send; the bias, the scales.
+        # The result, and what the other blocks send; the scales, the bias.
         tile = self.block_m * self.block_n * (2 + 4 * (self.split - 1))
-        ends = _BIAS + 4 * (scale_rows(self.block_m) + self.block_n)
-        return self.stages * stage + tile + ends
+        rows = scale_rows(self.block_m)
+        scales = max(self.stages * self.slices * rows, rows + self.block_n)
+        return self.stages * stage + tile + _aligned(4 * scales) + _aligned(4 * self.block_n)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,12 +108,12 @@ class Prefill8Config:
     def shared_bytes(self) -> int:
         """Upper bound over the formats, but for the barriers."""
         stage = (self.block_m + self.block_n) * SLICE
-        if self.unsupported("float8_e4m3fn") is None:
-            stage += 4 * self.block_m
-        # Two 64 x 64 pieces of each warpgroup's result; the bias, the scales.
+        # Two 64 x 64 pieces of each warpgroup's result; the scales.
         pieces = self.warpgroups * 2 * 64 * 64 * 2
-        ends = _BIAS + 4 * (self.block_m + self.block_n)
-        return self.stages * stage + pieces + ends
+        scales = self.block_m + self.block_n
+        if self.unsupported("float8_e4m3fn") is None:
+            scales = max(scales, self.stages * self.block_m)
+        return self.stages * stage + pieces + _aligned(4 * scales)
 
 
 Config8 = Decode8Config | Prefill8Config
@@ -123,6 +122,11 @@ Config8 = Decode8Config | Prefill8Config
 def scale_rows(block_m: int) -> int:
     """Rows whose scales one copy brings: 128 bytes are the least."""
     return max(32, block_m)
+
+
+def _aligned(size: int) -> int:
+    """Every piece of shared memory starts at a whole kilobyte."""
+    return -(-size // 1024) * 1024
 
 
 def _member(config, name: str, allowed) -> None:

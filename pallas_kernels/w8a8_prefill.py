@@ -52,7 +52,6 @@ class _Plan:
     k: int
     dtype: jnp.dtype
     block: bool
-    bias: jnp.dtype | None
     scales: int  # rows that have one
     out_dtype: jnp.dtype
 
@@ -84,11 +83,6 @@ class _Plan:
         """Of a warpgroup's result, 64 columns each."""
         return self.config.block_n // 64
 
-    @property
-    def ends(self) -> int:
-        """Copies that only the end of a tile needs: scales of rows and of columns, the bias."""
-        return 2 * (not self.block) + (self.bias is not None)
-
 
 def prefill8(
     x: jax.Array,
@@ -111,11 +105,8 @@ def prefill8(
         raise ValueError(reason)
     (m, k), block = x.shape, w.block is not None
     rows = x_scale.size * SLICE // k if block else x_scale.size
-    bias_dtype = None if bias is None else jnp.dtype(bias.dtype)
-    plan = _Plan(config, m, w.n, k, w.dtype, block, bias_dtype, rows, jnp.dtype(out_dtype))
-    inputs = [x, x_scale, w.codes, w.scale]
-    if bias is not None:
-        inputs.append(bias)
+    plan = _Plan(config, m, w.n, k, w.dtype, block, rows, jnp.dtype(out_dtype))
+    inputs = [x, x_scale, w.codes, w.scale] + ([] if bias is None else [bias])
     pair = math.prod(plan.cluster)
     kernel = plgpu.kernel(
         functools.partial(_kernel, plan),
@@ -143,8 +134,6 @@ def _shared_memory(plan: _Plan) -> dict:
         "w_s": swizzled((stages, config.block_n, SLICE), plan.dtype),
         "out_s": swizzled((warpgroups, 2, 64, 64), plan.out_dtype),
     }
-    if plan.bias is not None:
-        shared["bias_s"] = plgpu.SMEM((config.block_n,), plan.bias)
     if plan.block:
         shared["scale_s"] = plgpu.SMEM((stages, config.block_m), jnp.float32)
     else:
@@ -156,14 +145,14 @@ def _shared_memory(plan: _Plan) -> dict:
         )
     else:
         shared["empty"] = plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages)
-    if plan.ends:
-        shared["ends_full"] = plgpu.Barrier(num_arrivals=plan.ends)
+    if not plan.block:
+        shared["ends_full"] = plgpu.Barrier(num_arrivals=2)
         shared["ends_empty"] = plgpu.Barrier(num_arrivals=warpgroups)
     return shared
 
 
 def _kernel(plan: _Plan, x, x_scale, w, w_scale, *rest, **shared) -> None:
-    bias, out = (None, rest[0]) if plan.bias is None else rest
+    *bias, out = rest
     warpgroup = lax.axis_index("warpgroup")
     warpgroups = plan.config.warpgroups
     multiplying, copying = _REGISTERS.get(warpgroups, (None, None))
@@ -172,13 +161,13 @@ def _kernel(plan: _Plan, x, x_scale, w, w_scale, *rest, **shared) -> None:
     def _():
         if multiplying is not None:
             plgpu.set_max_registers(multiplying, action="increase")
-        _compute(plan, warpgroup, w_scale, out, **shared)
+        _compute(plan, warpgroup, w_scale, bias[0] if bias else None, out, **shared)
 
     @pl.when(warpgroup == warpgroups)
     def _():
         if copying is not None:
             plgpu.set_max_registers(copying, action="decrease")
-        _copy(plan, x, x_scale, w, w_scale, bias, **shared)
+        _copy(plan, x, x_scale, w, w_scale, **shared)
 
 
 def _tile(plan: _Plan, index: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -191,7 +180,7 @@ def _tile(plan: _Plan, index: jax.Array) -> tuple[jax.Array, jax.Array]:
     return m * plan.config.block_m, n * plan.config.block_n
 
 
-def _copy(plan: _Plan, x, x_scale, w, w_scale, bias, *, full, empty, **shared) -> None:
+def _copy(plan: _Plan, x, x_scale, w, w_scale, *, full, empty, **shared) -> None:
     """Fill the stages, in order, as they become empty, for one tile after the other."""
     config = plan.config
     share_x = "pair" if config.multicast == "x" else None
@@ -219,7 +208,7 @@ def _copy(plan: _Plan, x, x_scale, w, w_scale, bias, *, full, empty, **shared) -
             return next_slot(slot, config.stages)
 
         end = lax.fori_loop(0, plan.steps, step, carry)
-        if plan.ends:
+        if not plan.block:
             # Not before the stages: those of the last tile's end would wait for its sums.
             @pl.when(info.local_index > 0)
             def _():
@@ -227,13 +216,10 @@ def _copy(plan: _Plan, x, x_scale, w, w_scale, bias, *, full, empty, **shared) -
                 plgpu.commit_smem()
 
             ready = shared["ends_full"]
-            if not plan.block:
-                of_rows = shared["scale_s"].at[pl.ds(0, config.block_m)]
-                plgpu.copy_gmem_to_smem(x_scale.at[rows], of_rows, ready)
-                of_columns = shared["scale_s"].at[pl.ds(config.block_m, config.block_n)]
-                plgpu.copy_gmem_to_smem(w_scale.at[columns], of_columns, ready)
-            if bias is not None:
-                plgpu.copy_gmem_to_smem(bias.at[columns], shared["bias_s"], ready)
+            of_rows = shared["scale_s"].at[pl.ds(0, config.block_m)]
+            plgpu.copy_gmem_to_smem(x_scale.at[rows], of_rows, ready)
+            of_columns = shared["scale_s"].at[pl.ds(config.block_m, config.block_n)]
+            plgpu.copy_gmem_to_smem(w_scale.at[columns], of_columns, ready)
         return end
 
     del last
@@ -242,11 +228,11 @@ def _copy(plan: _Plan, x, x_scale, w, w_scale, bias, *, full, empty, **shared) -
     own = (plan.tiles - 1 - lax.axis_index("cluster")) // clusters + 1
     for i in range(config.stages):
         pl.when(i < own * plan.steps)(functools.partial(plgpu.barrier_wait, empty.at[i]))
-    if plan.ends:
+    if not plan.block:
         plgpu.barrier_wait(shared["ends_empty"])
 
 
-def _compute(plan: _Plan, warpgroup, w_scale, out, **shared) -> None:
+def _compute(plan: _Plan, warpgroup, w_scale, bias, out, **shared) -> None:
     """Multiply stage after stage, then scale and store, for one tile after the other."""
     multiply = _exactly if plan.dtype == jnp.int8 else _promoting
 
@@ -254,16 +240,21 @@ def _compute(plan: _Plan, warpgroup, w_scale, out, **shared) -> None:
     def last(info, carry):
         row, column = _tile(plan, info.index[0])
         sums, end = multiply(plan, warpgroup, w_scale, column, carry, **shared)
-        if plan.ends:
+        if not plan.block:
             plgpu.barrier_wait(shared["ends_full"])
         for piece in range(plan.pieces):
             y = _scaled(plan, sums, warpgroup, piece, **shared)
-            if plan.ends and piece == plan.pieces - 1:
+            if bias is not None:
+                # Columns beyond the weight are thrown away: any bias does.
+                first = lax.min(column + piece * 64, jnp.int32(plan.n - 64))
+                own = plgpu.load(bias.at[pl.ds(first, 64)], layout=COLUMNS, optimized=False)
+                y = y + lax.broadcast_in_dim(own.astype(jnp.float32), y.shape, [1])
+            if not plan.block and piece == plan.pieces - 1:
                 plgpu.barrier_arrive(shared["ends_empty"])
             # The store before the last one has read its half of the staging memory by now.
             plgpu.wait_smem_to_gmem(min(piece, 1), wait_read_only=True)
             staged = shared["out_s"].at[warpgroup, piece % 2]
-            staged[...] = y
+            staged[...] = y.astype(plan.out_dtype)
             plgpu.commit_smem()
             rows = pl.ds(row + warpgroup * 64, 64)
             plgpu.copy_smem_to_gmem(staged, out.at[rows, pl.ds(column + piece * 64, 64)])
@@ -274,8 +265,7 @@ def _compute(plan: _Plan, warpgroup, w_scale, out, **shared) -> None:
 
 
 def _scaled(plan: _Plan, sums, warpgroup, piece, **shared):
-    """64 columns of the sums with scales and bias, rounded."""
-    columns = pl.ds(piece * 64, 64)
+    """64 columns of the sums with their scales, float32."""
     y = sums[:, piece * 64 : (piece + 1) * 64].astype(jnp.float32)
     if not plan.block:
         x_scale = plgpu.load(shared["scale_s"].at[pl.ds(warpgroup * 64, 64)], layout=ROWS)
@@ -283,10 +273,7 @@ def _scaled(plan: _Plan, sums, warpgroup, piece, **shared):
         first = plan.config.block_m + piece * 64
         w_scale = plgpu.load(shared["scale_s"].at[pl.ds(first, 64)], layout=COLUMNS)
         y = y * lax.broadcast_in_dim(w_scale, y.shape, [1])
-    if plan.bias is not None:
-        bias = plgpu.load(shared["bias_s"].at[columns], layout=COLUMNS).astype(jnp.float32)
-        y = y + lax.broadcast_in_dim(bias, y.shape, [1])
-    return y.astype(plan.out_dtype)
+    return y
 
 
 def _exactly(plan: _Plan, warpgroup, w_scale, column, first_slot, *, full, empty, x_s, w_s, **_):

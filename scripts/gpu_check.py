@@ -32,8 +32,11 @@ SECTIONS = (
     Section("ceilings", "scripts.gpu.ceilings", 3, 60),
     Section("correctness", "scripts.gpu.correctness", 20, 120, workers=4),
     Section("benchmark", "scripts.gpu.benchmark", 28, 120),
+    Section("correctness8", "scripts.gpu.correctness8", 14, 120, workers=4),
+    Section("benchmark8", "scripts.gpu.benchmark8", 26, 120),
     Section("decode", "scripts.gpu.decode", 26, 240),
-    Section("tune", "scripts.gpu.tune", 24, 60),
+    Section("tune", "scripts.gpu.tune", 20, 60),
+    Section("tune8", "scripts.gpu.tune8", 14, 60),
     Section("refine", "scripts.gpu.refine", 6, 60),
     Section("marlin", "scripts.gpu.marlin", 8, 240),
     Section("compile", "scripts.gpu.compile_only", 30, 240, needs_gpu=False),
@@ -58,10 +61,15 @@ def learn(name: str, found: Mapping[str, Any], facts: dict[str, Any]) -> None:
         ):
             if key in found:
                 facts[fact] = found[key][field]
-    elif name in ("tune", "refine"):
-        from scripts.gpu.tune import best
+    elif name == "benchmark":
+        facts["bf16_us"] = {
+            f"{r['k']}x{r['n']} m{r['m']}": r["us"] for r in found.values() if r["method"] == "bf16"
+        }
+    elif name in ("tune", "refine", "tune8"):
+        from scripts.gpu import tune, tune8
 
-        tuned = facts.setdefault("tuned", {})
+        best, fact = (tune8.best, "tuned8") if name == "tune8" else (tune.best, "tuned")
+        tuned = facts.setdefault(fact, {})
         for key, entry in best(found.values()).items():
             if key not in tuned or entry["us"] < tuned[key]["us"]:
                 tuned[key] = entry
@@ -107,22 +115,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def summarize(results: Results, out: Path) -> int:
     """Add table and goals to the JSON, write and print the text."""
     try:
-        from scripts.gpu import table, tune
+        from scripts.gpu import table, table8, tune, tune8
 
-        found = table.rows(results.data)
-        results.data["table"], results.data["goals"] = found, table.goals(found, results.data)
-        tuned, xla = results.data["facts"].get("tuned", {}), table.dequantize_times(results.data)
-        results.data["tuning_rows"] = tune.table_rows(tuned, xla)
-        text = table.text(results.data)
+        data = results.data
+        found, found8 = table.rows(data), table8.rows(data)
+        data["table"], data["table8"] = found, found8
+        data["goals"] = [*table.goals(found, data), *table8.goals(found8, data)]
+        tuned, tuned8 = data["facts"].get("tuned", {}), data["facts"].get("tuned8", {})
+        data["tuning_rows"] = tune.table_rows(tuned, table.dequantize_times(data))
+        data["tuning_rows8"] = tune8.table_rows(tuned8, table8.xla_times(data))
+        text = table.text(data)
     except Exception as error:  # the results themselves are there all the same
         text = f"no summary: {type(error).__name__}: {error}\n"
         results.data["summary_error"] = text
     results.flush()
     (out / "gpu_check.txt").write_text(text, encoding="utf-8")
     print(text, end="")
-    checked = results.data["sections"].get("correctness", {})
-    wrong = [r for r in checked.get("results", {}).values() if not r["ok"]]
-    return 1 if wrong or checked.get("errors") else 0
+    checked = [results.data["sections"].get(name, {}) for name in ("correctness", "correctness8")]
+    wrong = [r for c in checked for r in c.get("results", {}).values() if not r["ok"]]
+    return 1 if wrong or any(c.get("errors") for c in checked) else 0
 
 
 if __name__ == "__main__":

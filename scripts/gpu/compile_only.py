@@ -14,13 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jq.pallas_kernels.w4a16 import w4a16
-from scripts.gpu import candidates
+from jq.pallas_kernels.w8a8 import w8a8
+from scripts.gpu import candidates, candidates8
+from scripts.gpu.correctness8 import FORMATS
 from scripts.gpu.problems import Problem, config_json, config_of, device_weight, of_item, to_item
+from scripts.gpu.problems8 import (
+    Problem8,
+    config_json8,
+    config_of8,
+    device_problem8,
+    of_item8,
+    to_item8,
+)
 
 # What the compiler wants to know of an H200.
 _TARGET = """gpu_device_info {
@@ -44,28 +55,53 @@ def items(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
         for group in (128, 64, 32, -1)
     ]
     tried = candidates.every_config()
+    problems8 = [
+        Problem8(m, 2048, 1024, dtype, block, bias)
+        for m in (16, 512)
+        for dtype, block in FORMATS
+        for bias in (False, True)
+    ]
+    tried8 = candidates8.every_config()
     return [
         *map(to_item, problems),
+        *map(to_item8, problems8),
         *(to_item(p, f"{c.name} ", config=config_json(c)) for p, c in tried),
+        *(to_item8(p, f"{c.name} ", config=config_json8(c)) for p, c in tried8),
     ]
 
 
 def run(item: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
     """Compile or lower one."""
-    p = of_item(item)
-    weight, x = jax.eval_shape(lambda: device_weight(p, 0))
-    product = jax.jit(functools.partial(w4a16, config=config_of(item.get("config"))))
+    product, arguments = _product8(item) if "problem8" in item else _product(item)
     device = target()
     if isinstance(device, str):
-        text = jax.export.export(product, platforms=["cuda"])(x, weight).mlir_module()
+        text = jax.export.export(product, platforms=["cuda"])(*arguments).mlir_module()
         return {"level": "lowered", "why": device, "kernel": "mosaic" in text}
     whole = NamedSharding(Mesh(np.array([device]), ("x",)), P())
-    x, weight = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), (x, weight)
+    arguments = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), arguments
     )
     with jax.default_device(device):  # the kernels are lowered for the default device
-        text = product.lower(x, weight).compile().as_text() or ""
+        text = product.lower(*arguments).compile().as_text() or ""
     return {"level": "machine code", "kernel": "mosaic" in text}
+
+
+def _product(item: Mapping[str, Any]) -> tuple[Any, tuple[Any, ...]]:
+    """(function, shapes of its arguments) of an int4 problem."""
+    p = of_item(item)
+    weight, x = jax.eval_shape(lambda: device_weight(p, 0))
+    return jax.jit(functools.partial(w4a16, config=config_of(item.get("config")))), (x, weight)
+
+
+def _product8(item: Mapping[str, Any]) -> tuple[Any, tuple[Any, ...]]:
+    """The same of an 8-bit one."""
+    p, config = of_item8(item), config_of8(item.get("config"))
+    bias = jax.ShapeDtypeStruct((p.n,), jnp.dtype(p.out)) if p.bias else None
+
+    def product(x, x_scale, weight, bias):
+        return w8a8(x, x_scale, weight, bias=bias, out_dtype=p.out, config=config)
+
+    return jax.jit(product), (*jax.eval_shape(lambda: device_problem8(p, 0)), bias)
 
 
 def _find_assembler() -> None:

@@ -24,10 +24,14 @@ METHODS = ("w4", "bf16", "dequantize")
 
 def rotations(p: Problem, method: str) -> int:
     """How many weights are multiplied with in turn."""
-    weight = p.k * p.n * (2 if method == "bf16" else 0.5)
-    count = -(-_COLD_BYTES // int(weight))
+    return cold_rotations(int(p.k * p.n * (2 if method == "bf16" else 0.5)), p.m)
+
+
+def cold_rotations(weight_bytes: int, m: int) -> int:
+    """How many weights of a size do not fit the cache together."""
+    count = -(-_COLD_BYTES // weight_bytes)
     # Many rows take long by themselves, and their results take memory.
-    return max(2, min(count, _MOST if p.m <= 128 else 4))
+    return max(2, min(count, _MOST if m <= 128 else 4))
 
 
 def arguments(p: Problem, method: str) -> list[tuple[jax.Array, Any]]:

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from scripts.gpu import table8
+from scripts.gpu.goals import goal, ratio
 from scripts.gpu.problems import Problem
 
 # The goals, on an H200: fractions of the measured copy bandwidth, and speedups over XLA's bfloat16.
@@ -37,9 +39,9 @@ def rows(data: Mapping[str, Any]) -> list[dict[str, Any]]:
         for method, column in (("bf16", "vs_bf16"), ("dequantize", "vs_dequantize")):
             other = times.get((size, method), {}).get("us")
             row[f"us_{method}"] = other
-            row[column] = _ratio(other, row["us_best"])
+            row[column] = ratio(other, row["us_best"])
         row["us_marlin"] = marlin.get(size)
-        row["vs_marlin"] = _ratio(marlin.get(size), row["us_best"])
+        row["vs_marlin"] = ratio(marlin.get(size), row["us_best"])
         found.append(row)
     return found
 
@@ -63,7 +65,7 @@ def _row(
     times = [t for t in (own.get("us"), tuned.get("us")) if t]
     best = min(times) if times else None
     ideal = ideal_us(p, facts)
-    gbs = _ratio(p.moved_bytes() / 1e3, best)
+    gbs = ratio(p.moved_bytes() / 1e3, best)
     return {
         "k": p.k,
         "n": p.n,
@@ -74,10 +76,10 @@ def _row(
         "us_wall": own.get("us_wall"),
         "config": tuned.get("config"),
         "gbs": gbs,
-        "tflops": _ratio(p.flops / 1e6, best),
+        "tflops": ratio(p.flops / 1e6, best),
         "us_ideal": ideal,
-        "fraction": _ratio(ideal, best),
-        "copy_fraction": _ratio(gbs, facts.get("copy_gbs")),
+        "fraction": ratio(ideal, best),
+        "copy_fraction": ratio(gbs, facts.get("copy_gbs")),
     }
 
 
@@ -89,10 +91,6 @@ def ideal_us(p: Problem, facts: Mapping[str, Any]) -> float | None:
     return max(moving, p.flops / 1e6 / facts["bf16_tflops"])
 
 
-def _ratio(a: float | None, b: float | None) -> float | None:
-    return a / b if a and b else None
-
-
 def goals(table: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Each goal at each place it is stated for: "met" is True, False, or None where unmeasured."""
     found = []
@@ -100,31 +98,26 @@ def goals(table: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> list[d
         place = f"{row['k']}x{row['n']} m{row['m']}"
         large = row["k"] * row["n"] / 2 >= LARGE_BYTES
         if row["m"] <= 16 and large:
-            found.append(_goal("copy bandwidth", place, COPY_FRACTION, row["copy_fraction"]))
+            found.append(goal("copy bandwidth", place, COPY_FRACTION, row["copy_fraction"]))
         if row["m"] <= 16:
             needed = SPEEDUP_LARGE if large else SPEEDUP_SMALL
-            found.append(_goal("speedup over bf16", place, needed, row["vs_bf16"]))
+            found.append(goal("speedup over bf16", place, needed, row["vs_bf16"]))
         if row["m"] == 64:
-            found.append(_goal("speedup over bf16", place, SPEEDUP_64, row["vs_bf16"]))
+            found.append(goal("speedup over bf16", place, SPEEDUP_64, row["vs_bf16"]))
         if row["m"] == 4096:
-            found.append(_goal("speedup over bf16", place, SPEEDUP_4096, row["vs_bf16"]))
+            found.append(goal("speedup over bf16", place, SPEEDUP_4096, row["vs_bf16"]))
         ratios = [row["vs_bf16"], row["vs_dequantize"]]
         known = [r for r in ratios if r is not None]
         # Slower than one of them is allowed, than both is not.
         got = max(known) if known and (len(known) == 2 or max(known) >= 1) else None
-        found.append(_goal("not slower than both", place, 1.0, got))
+        found.append(goal("not slower than both", place, 1.0, got))
     checks = data["sections"].get("correctness", {})
     results = checks.get("results", {})
     wrong = sum(not r["ok"] for r in results.values()) + len(checks.get("errors", {}))
     if results or wrong:
         right = 1 - wrong / (len(results) + len(checks.get("errors", {})))
-        found.append(_goal("correct variants", "everywhere", 1.0, right))
+        found.append(goal("correct variants", "everywhere", 1.0, right))
     return found
-
-
-def _goal(goal: str, place: str, needed: float, got: float | None) -> dict[str, Any]:
-    met = None if got is None else got >= needed
-    return {"goal": goal, "place": place, "needed": needed, "got": got, "met": met}
 
 
 _COLUMNS = (
@@ -152,34 +145,38 @@ def text(data: Mapping[str, Any]) -> str:
     lines.append(
         f"{facts.get('device', 'no device')}; timer {facts.get('timer')}; {', '.join(told)}"
     )
-    lines += _table(rows(data))
-    lines += _correctness(data["sections"].get("correctness", {}))
+    table, table_of_8 = rows(data), table8.rows(data)
+    lines += _table(table, _COLUMNS)
+    lines += _table(table_of_8, table8.COLUMNS)
+    lines += _correctness("correct", data["sections"].get("correctness", {}))
+    lines += _correctness("correct, 8 bits", data["sections"].get("correctness8", {}))
     lines += _decode(data["sections"].get("decode", {}).get("results", {}))
-    lines += _goals(goals(rows(data), data))
+    lines += _goals([*goals(table, data), *table8.goals(table_of_8, data)])
     lines += _sections(data["sections"])
     return "\n".join(lines) + "\n"
 
 
-def _table(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = ["  ".join(name.rjust(width) for name, width, _ in _COLUMNS)] if found else []
+_TOLD = ("error", "own_rounding", "unwritten", "varying", "other_codes", "other_scales")
+
+
+def _table(found: Sequence[Mapping[str, Any]], columns: Sequence[Any]) -> list[str]:
+    lines = ["  ".join(name.rjust(width) for name, width, _ in columns)] if found else []
     for row in found:
         cells = []
-        for name, width, form in _COLUMNS:
+        for name, width, form in columns:
             value = row[name]
             cells.append(("" if value is None else format(value, form)).rjust(width))
         lines.append("  ".join(cells).rstrip())
     return lines
 
 
-def _correctness(section: Mapping[str, Any]) -> list[str]:
+def _correctness(title: str, section: Mapping[str, Any]) -> list[str]:
     results = section.get("results", {})
     bad = {key: r for key, r in results.items() if not r["ok"]}
     errors = section.get("errors", {})
-    lines = [f"correct: {len(results) - len(bad)} of {len(results) + len(errors)} variants"]
+    lines = [f"{title}: {len(results) - len(bad)} of {len(results) + len(errors)} variants"]
     for key, r in list(bad.items())[:12]:
-        told = {
-            n: v for n, v in r.items() if n in ("error", "own_rounding", "unwritten", "varying")
-        }
+        told = {n: v for n, v in r.items() if n in _TOLD}
         lines.append(f"  WRONG {key}: {told}")
     lines += [f"  FAILED {key}: {e['error'][:160]}" for key, e in list(errors.items())[:12]]
     return lines if results or errors else []
@@ -200,7 +197,7 @@ def _sections(sections: Mapping[str, Any]) -> list[str]:
         told = "".join(f", {count} as {level}" for level, count in levels.items())
         counts = f"{len(entry['results'])} done{told}, {len(entry['errors'])} errors"
         lines.append(f"[{name}] {entry['status']}: {counts}, {len(entry['not_run'])} not run")
-        if name != "correctness":
+        if not name.startswith("correctness"):
             for key, error in list(entry["errors"].items())[:3]:
                 lines.append(f"  {key}: {error['error'][:200]}")
         lines += [f"  {problem.strip()[-300:]}" for problem in entry["problems"][:2]]
@@ -209,10 +206,10 @@ def _sections(sections: Mapping[str, Any]) -> list[str]:
 
 def _goals(found: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = []
-    for goal in dict.fromkeys(g["goal"] for g in found):
-        some = [g for g in found if g["goal"] == goal]
+    for name in dict.fromkeys(g["goal"] for g in found):
+        some = [g for g in found if g["goal"] == name]
         met, known = sum(g["met"] is True for g in some), [g for g in some if g["met"] is not None]
-        line = f"goal {goal}: met at {met} of {len(known)} places measured, of {len(some)}"
+        line = f"goal {name}: met at {met} of {len(known)} places measured, of {len(some)}"
         missed = [g for g in known if not g["met"]]
         worst = min(missed, key=lambda g: g["got"] / g["needed"], default=None)
         if worst is not None and math.isfinite(worst["got"]):

@@ -1,0 +1,77 @@
+"""The time of every candidate of tile sizes of the 8-bit kernels (see `tune`)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from scripts.gpu import benchmark, benchmark8, candidates8, products8, tune
+from scripts.gpu.ahead import Ahead
+from scripts.gpu.problems8 import FP8, Problem8, config_json8, config_of8, of_item8, to_item8
+
+_ahead: Ahead | None = None
+
+
+def problems() -> list[Problem8]:
+    """Those to tune, one of each kind first."""
+    return [Problem8(p.m, p.k, p.n, dtype) for p in tune.problems() for dtype in ("int8", FP8)]
+
+
+def items(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every candidate of every problem."""
+    return [
+        to_item8(p, f"{c.name} ", config=config_json8(c))
+        for p in problems()
+        for c in candidates8.configs(p)
+    ]
+
+
+def run(item: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Time one."""
+    global _ahead
+    if _ahead is None:
+        done = set(facts.get("done", ()))
+        left = [i for i in items(facts) if i["key"] not in done]
+        _ahead = Ahead({i["key"]: functools.partial(_build, i) for i in left})
+    p = of_item8(item)
+    told = benchmark8.timed8(p, "kernel", _ahead.get(item["key"]), facts)
+    told.pop("kernels", None)
+    return {**told, "problem": p.key, "config": item["config"]}
+
+
+def _build(item: Mapping[str, Any]) -> Any:
+    return products8.build(of_item8(item), "kernel", config_of8(item["config"]))
+
+
+def best(results: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By problem: the fastest config whose results had the right size, its time, and how many
+    configs it was the fastest of."""
+    found: dict[str, dict[str, Any]] = {}
+    names = ("us", "us_wall", "config", "m", "k", "n", "dtype", "block")
+    for result in filter(benchmark.plausible, results):
+        entry = found.setdefault(result["problem"], {"us": float("inf"), "of": 0})
+        entry["of"] += 1
+        if result["us"] < entry["us"]:
+            entry |= {name: result[name] for name in names}
+    return found
+
+
+def table_rows(
+    tuned: Mapping[str, Mapping[str, Any]], xla: Mapping[tuple[Any, ...], float]
+) -> list[dict[str, Any]]:
+    """What `best` found, as `jq.pallas_kernels.tuning8.table` takes it.
+
+    xla: (k, n, m, dtype, block) -> microseconds of XLA's product, where it was timed; a product for
+      which that was the fastest is left to it.
+    """
+    rows = []
+    for entry in tuned.values():
+        p = Problem8(*(entry[name] for name in ("m", "k", "n", "dtype", "block")))
+        row = {"k": p.k, "n": p.n, "m": p.m, **p.format}
+        if xla.get((p.k, p.n, p.m, p.dtype, p.block), float("inf")) < entry["us"]:
+            rows.append({**row, "kernel": "reference"})
+            continue
+        config = {name: value for name, value in entry["config"].items() if name != "kind"}
+        rows.append({**row, "kernel": entry["config"]["kind"], "config": config})
+    return rows
