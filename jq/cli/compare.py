@@ -15,6 +15,7 @@ from jq.cli.models import DEMO_NAME, demo_text, made_of_demo, model_folder
 from jq.cli.options import options_class, parse, rebuild, split_counts, split_names
 from jq.cli.output import complain, note, print_json, print_table, warn
 from jq.cli.progress import Meter
+from jq.cli.tasks import quiet_bars
 from jq.errors import CalibrationError, SpecError
 
 ABOUT = """Quantize a model with every method, measure each, and say which to take.
@@ -114,6 +115,8 @@ class Choice:
 def run(arguments: Sequence[str]) -> int:
     """The command."""
     args = _parse(arguments)
+    if args.evaluation.tasks:
+        quiet_bars()
     folder = model_folder(args.model)
 
     from jq.compare import Budget, compare, decide, write_reports
@@ -331,13 +334,12 @@ class _Watch:
 
 def _print(comparison: Any, decision: Any, written: Sequence[Path]) -> None:
     from jq.compare import unfair_pairs
-    from jq.compare.report import summary_table
+    from jq.compare.report import summary_table, task_table
 
-    table = summary_table(comparison)
-    print_table(table.headers, table.rows, table.align)
-    print()
-    if table.note:
-        print(table.note)
+    for table in (summary_table(comparison), task_table(comparison)):
+        if table is not None:
+            print_table(table.headers, table.rows, table.align)
+            print(f"\n{table.note}" if table.note else "")
     for a, b, why in unfair_pairs([r.arm for r in comparison.results]):
         print(f"unfair pair: {a} against {b}: {why}")
     print("± is one standard error; the increase is over the original, window by window\n")

@@ -121,6 +121,7 @@ def measure(job: Job, progress: StageProgress) -> dict[str, Any]:
         observe=stretches.observe,
     )
     result["quality"] = stretches.quality(evaluation.tokens_sha256).to_dict()
+    del reference  # tasks are asked of the arm alone
     result["tasks"] = _tasks(job, model, params, progress)
     return result
 

@@ -117,6 +117,8 @@ def _see(log: Path) -> str:
 
 def main() -> int:
     """The child."""
+    # Its log is for errors: no bars of the libraries that tasks bring.
+    os.environ |= {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half a folder is removed
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
         os.dup2(2, 1)  # whatever prints, prints into the log

@@ -15,11 +15,11 @@ from jq.compare.report.content import content
 from jq.compare.report.figures import figures
 from jq.compare.report.html import html
 from jq.compare.report.markdown import markdown
-from jq.compare.report.tables import Table, summary_table
+from jq.compare.report.tables import Table, summary_table, task_table
 from jq.compare.results import Comparison
 from jq.compare.store import write_json, write_text
 
-__all__ = ["Table", "results_json", "summary_table", "write_reports"]
+__all__ = ["Table", "results_json", "summary_table", "task_table", "write_reports"]
 
 
 def write_reports(

@@ -16,6 +16,7 @@ from jq.compare.report.tables import (
     quality_table,
     size_table,
     speed_table,
+    task_table,
 )
 from jq.compare.results import Comparison
 
@@ -40,6 +41,7 @@ def content(comparison: Comparison, decision: Decision, budget: Budget) -> Conte
     arms = [r.arm for r in comparison.results]
     tables = (
         quality_table(comparison),
+        task_table(comparison),
         length_table(comparison),
         position_table(comparison),
         size_table(comparison),

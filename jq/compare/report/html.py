@@ -24,7 +24,8 @@ p { max-width: 78ch; } .soft, figcaption, .note { color: var(--soft); }
   max-width: 78ch; } .decision strong { font-size: 1.15em; }
 .failed { border-left: 5px solid #D55E00; padding: 2px 16px; max-width: 78ch;
   overflow-wrap: anywhere; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 13.5px;
+.unfair { max-width: 78ch; } .wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 13.5px;
   font-variant-numeric: tabular-nums; } th, td { padding: 3px 10px; white-space: nowrap;
   border-bottom: 1px solid var(--rule); } th { text-align: left; font-weight: 600; }
 .r { text-align: right; } tr.chosen td { background: var(--card); font-weight: 600; }
@@ -57,6 +58,8 @@ def html(
     parts.append(
         f'<div class="decision"><strong>{escape(first)}</strong> {escape(" ".join(more))}</div>'
     )
+    if content.unfair:
+        parts.append(f'<div class="unfair">{_bullets(content.unfair)}</div>')
     if content.failures:
         parts.append(f'<h2>Failed</h2><div class="failed">{_bullets(content.failures)}</div>')
     if figures:
@@ -64,8 +67,6 @@ def html(
     parts += [_errors(linears)]
     for table in content.tables:
         parts.append(_table(table, chosen))
-        if table.title == "Quality" and content.unfair:
-            parts.append(_bullets(content.unfair))
     parts.append("<h2>Before you rely on it</h2>" + _bullets(content.cautions))
     parts += [_table(table, None, "facts") for table in (content.arms, content.facts)]
     return (

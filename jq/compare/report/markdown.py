@@ -10,13 +10,13 @@ def markdown(content: Content) -> str:
     """The whole file."""
     parts = [f"# {content.title}", content.setting, "## Decision"]
     parts.append("**" + content.verdict[0] + "** " + " ".join(content.verdict[1:]))
+    if content.unfair:
+        parts.append(_bullets(content.unfair))
     if content.failures:
         parts += ["## Failed", _bullets(content.failures)]
     for table in content.tables:
         parts += [f"## {table.title}", markdown_table(table)]
         parts += [table.note] if table.note else []
-        if table.title == "Quality" and content.unfair:
-            parts.append(_bullets(content.unfair))
     parts += ["## Before you rely on it", _bullets(content.cautions)]
     for table in (content.arms, content.facts):
         parts += [f"## {table.title}", markdown_table(table)]

@@ -62,12 +62,6 @@ def quality_table(comparison: Comparison) -> Table:
         ("KL (mnat/token)", lambda r: _pair(r, "kl_nats", ".3f", 1e3)),
         ("top-1 agreement %", lambda r: _pair(r, "top1_agreement", ".2f", 100)),
     ]
-    for name in sorted({name for r in comparison.results for name in r.tasks}):
-        task, change = f"task_{name}", f"task_{name}_difference"
-        columns += [
-            (f"{name} %", lambda r, key=task: _pair(r, key, ".2f", 100)),
-            (f"{name} change", lambda r, key=change: _pair(r, key, "+.2f", 100)),
-        ]
     note = (
         "± is one standard error over windows. The increase is over the original, window by "
         "window; its error is that of the pairs. KL is from the original's predictions, in "
@@ -75,6 +69,27 @@ def quality_table(comparison: Comparison) -> Table:
         "the one per token and the text's average; the two do not compare."
     )
     return _table("Quality", rows, columns, note)
+
+
+def task_table(comparison: Comparison) -> Table | None:
+    """Tasks, and the differences from the original; None without any."""
+    names = sorted({name for r in comparison.results for name in r.tasks})
+    if not names:
+        return None
+    columns: list[tuple[str, Callable[[Row], str]]] = []
+    for name in names:
+        task, change = f"task_{name}", f"task_{name}_difference"
+        columns += [
+            (f"{name} %", lambda r, key=task: _pair(r, key, ".2f", 100)),
+            ("change", lambda r, key=change: _pair(r, key, "+.2f", 100)),
+        ]
+    counts = {name: len(r.tasks[name]) for r in comparison.results for name in r.tasks}
+    items = ", ".join(f"{counts[name]} of {name}" for name in names)
+    note = (
+        f"Items: {items}. ± is one standard error over items; the change is from the original, in "
+        "points, item by item, and its error is that of the pairs."
+    )
+    return _table("Tasks", comparison.rows(), columns, note)
 
 
 def size_table(comparison: Comparison) -> Table:

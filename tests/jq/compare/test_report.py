@@ -16,7 +16,7 @@ import pytest
 from jq.compare.decision import Budget, decide
 from jq.compare.report import csv_text, summary_table, write_reports
 from jq.compare.report.svg import Line, Point, lines, log_ticks, scatter, ticks
-from jq.compare.report.tables import length_table, position_table, quality_table, speed_table
+from jq.compare.report.tables import length_table, position_table, speed_table, task_table
 from tests.jq.compare.made_up import EDGES, base_nll, comparison, done, failed
 
 BUDGET = Budget.parse("1%")
@@ -71,9 +71,12 @@ def test_tasks_are_told_with_their_differences():
     assert (original["task_quiz"], original["task_quiz_difference"]) == (0.75, None)
     assert (rtn["task_quiz"], rtn["task_quiz_difference"]) == (0.5, -0.25)
     assert rtn["task_quiz_difference_stderr"] == pytest.approx(0.25)  # of 0, -1, 0, 0
-    table = quality_table(tasked)
-    assert table.headers[-2:] == ("quiz %", "quiz change")
-    assert table.rows[1][-2:] == ("50.00 ±28.87", "-25.00 ±25.00")
+    table = task_table(tasked)
+    assert table is not None
+    assert table.headers == ("method", "quiz %", "change")
+    assert table.rows[1] == ("rtn", "50.00 ±28.87", "-25.00 ±25.00")
+    assert "4 of quiz" in table.note
+    assert task_table(comparison(done(), rtn=done())) is None
 
 
 def test_the_summary_marks_failed_arms(found):
