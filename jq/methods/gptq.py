@@ -224,21 +224,21 @@ def _solve_dynamic(w, hessian, unit, spec, config):
     def group(errors, g):
         start = g * size
         rows = lax.dynamic_slice_in_dim(w, start, size)
+        u = lax.dynamic_slice_in_dim(unit, start, size, axis=1)
+        triangle = lax.dynamic_slice_in_dim(u, start, size)
+        pull, rows_now = None, rows
         if groups > 1:
-            u = lax.dynamic_slice_in_dim(unit, start, size, axis=1)
-            triangle = lax.dynamic_slice_in_dim(u, start, size)
             pull = _dot(u.T, errors)
             rows_now = rows + lax.linalg.triangular_solve(
                 triangle, pull, left_side=True, lower=False, transpose_a=True, unit_diagonal=True
             )
-        else:
-            rows_now = rows
         block = lax.dynamic_slice(hessian.gram, (start, start), (size, size))
         lo, hi = weight_range(rows_now[None], spec, config.clip, block)
         scale, zero = grid.scale_and_zero(lo[0], hi[0], spec)
-        errors, codes = _round_rows(
-            errors, w, unit, start, size, lambda _: (scale[0], zero[0]), spec, config
+        new, codes = _round_rows(
+            rows, pull, triangle, lambda _: (scale[0], zero[0]), spec, config.block_size
         )
+        errors = lax.dynamic_update_slice_in_dim(errors, new, start, axis=0)
         return errors, (codes, scale[0], zero[0])
 
     start = jnp.zeros((k, n), jnp.float32)
@@ -248,7 +248,7 @@ def _solve_dynamic(w, hessian, unit, spec, config):
 
 def _solve_static(w, hessian, unit, spec, config):
     """Groups are runs of rows of the original weight, their ranges fixed before any rounding."""
-    k, n = w.shape
+    k = w.shape[0]
     order, back = hessian.order, jnp.argsort(hessian.order)
     gram = hessian.gram[back][:, back] if config.clip == "output" else None
     lo, hi = weight_range(grid.split_groups(w, spec), spec, config.clip, gram)
@@ -258,26 +258,33 @@ def _solve_static(w, hessian, unit, spec, config):
     def row_grid(row):
         return scale[group_of[row]], zero[group_of[row]]
 
-    start = jnp.zeros((k, n), jnp.float32)
-    errors, codes = _round_rows(start, w[order], unit, 0, k, row_grid, spec, config)
+    errors, codes = _round_rows(w[order], None, unit, row_grid, spec, config.block_size)
     return Solution(codes, scale, zero), errors
 
 
-def _round_rows(errors, w, unit, start, count, row_grid, spec, config):
-    """Round rows [start, start + count) of w in order, a block at a time.
+def _round_rows(w, pull, unit, row_grid, spec, block_size):
+    """Round rows in order, a block at a time.
 
-    errors [K, N] holds w - q of the rows before `start` and zeros behind them.  Returns it with
-    these rows filled in, their codes and the residuals w_k + pull_k - q_k.
+    Args:
+      w: [R, N], the rows as they were.
+      pull: [R, N], what the errors of all rows before these ask for; None for nothing.
+      unit: [R, R], how these pull each other.
+      row_grid: row -> its scale [N] and zero point [N].
+    Returns: the rows' errors w - q [R, N] and their codes [R, N].
     """
-    n = w.shape[1]
-    size = _largest_divisor(count, config.block_size)
+    count, n = w.shape
+    size = _largest_divisor(count, block_size)
+    code_dtype = jnp.float8_e4m3fn if spec.is_float else jnp.uint8
+    asked = w if pull is None else w + pull
 
     def block(errors, b):
-        first = start + b * size
-        rows = lax.dynamic_slice_in_dim(w, first, size)
+        first = b * size
         u = lax.dynamic_slice_in_dim(unit, first, size, axis=1)
         within = lax.dynamic_slice_in_dim(u, first, size)
-        pulled = rows + _dot(u.T, errors)
+        rows = lax.dynamic_slice_in_dim(w, first, size)
+        pulled = lax.dynamic_slice_in_dim(asked, first, size)
+        if size < count:
+            pulled += _dot(u.T, errors)
 
         def row(i, state):
             new, codes = state
@@ -286,12 +293,11 @@ def _round_rows(errors, w, unit, start, count, row_grid, spec, config):
             error = rows[i] - grid.decode(code, scale, zero, spec)
             return new.at[i].set(error), codes.at[i].set(code)
 
-        code_dtype = jnp.float8_e4m3fn if spec.is_float else jnp.uint8
         state = jnp.zeros((size, n), jnp.float32), jnp.zeros((size, n), code_dtype)
         new, codes = lax.fori_loop(0, size, row, state)
         return lax.dynamic_update_slice_in_dim(errors, new, first, axis=0), codes
 
-    errors, codes = lax.scan(block, errors, jnp.arange(count // size))
+    errors, codes = lax.scan(block, jnp.zeros((count, n), jnp.float32), jnp.arange(count // size))
     return errors, codes.reshape(count, n)
 
 
