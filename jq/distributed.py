@@ -22,6 +22,8 @@ from collections.abc import Callable
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
 
 from jq import errors
 from jq.errors import JaxqError, ProcessError
@@ -78,6 +80,12 @@ def initialize(
             f"the processes cannot be joined ({reason}): give the coordinator's host:port, the "
             "number of processes and each one's id, and start this before anything uses JAX"
         ) from error
+
+
+def all_devices(axis: str = "data") -> Mesh:
+    """The devices of all processes in a row, those of each side by side."""
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    return Mesh(np.array(devices), (axis,), axis_types=(AxisType.Auto,))
 
 
 @runtime_checkable
@@ -303,5 +311,5 @@ def _broken(count: int, error: BaseException) -> JaxqError | None:
 
 
 def _exit(message: str) -> NoReturn:
-    print(message, file=sys.stderr, flush=True)
+    print(message, file=sys.__stderr__, flush=True)
     os._exit(2)

@@ -8,12 +8,16 @@ It stands beside the output folder, in the hidden folder `.<name>.journal`:
     done/<block>.json    digests of both and the block's report, written when both are on the disk
 
 A block is finished when its file in `done` is there, which is renamed into place as a whole.
+
+Several processes keep one journal: blocks and hidden states are written by all, each what it holds;
+everything else, and the lock, is process 0's.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -31,7 +35,9 @@ from jq.checkpoint.format import PartEntry
 from jq.checkpoint.manifest import encode_json, parse_part, part_json
 from jq.checkpoint.part_writer import save_part
 from jq.checkpoint.reader import part_tree, read_part
-from jq.errors import CheckpointError, JaxqError, OutputError
+from jq.checkpoint.shards import rows_of_processes
+from jq.distributed import Team
+from jq.errors import CheckpointError, JaxqError, OutputError, ProcessError
 from jq.interrupts import held_back
 
 _RUN = "run.json"
@@ -71,6 +77,7 @@ class Journal:
       facts: everything that decides about the output, as JSON values.
       block_names: of the model, in order.
       restart: forget an unfinished run.
+      team: the processes that do the run together; this one alone by default.
     """
 
     def __init__(
@@ -80,7 +87,9 @@ class Journal:
         block_names: Sequence[str],
         *,
         restart: bool = False,
+        team: Team | None = None,
     ) -> None:
+        self._team = team or Team(index=0, count=1)
         self.target = Path(os.path.realpath(target))
         self.folder = journal_folder(target)
         self._facts, self._names, self._restart = facts, tuple(block_names), restart
@@ -90,21 +99,31 @@ class Journal:
     def __enter__(self) -> Journal:
         """Take the journal's lock, and take over what an equal run has finished.
 
-        Raises: OutputError when another process is at it, when the disk refuses, and when an
-        unfinished run of other facts is there; CheckpointError when the journal is damaged.
+        Raises: OutputError when another program is at it, when the disk refuses, when an unfinished
+        run of other facts is there, and when processes do not see one file system; CheckpointError
+        when the journal is damaged; ProcessError when the processes have different facts.
         """
-        with fs.output_errors(self.folder):
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self._check_alike()
         with self._scope as scope:
-            scope.enter_context(fs.locked(self.folder, self.target))
-            if self._restart:
-                self.remove()
-            self._open()
+            names = self._team.lead("the journal is open", lambda: self._begin(scope))
+            self._team.attempt("the journal is read", lambda: self._read_done(names))
             self._scope = scope.pop_all()
         return self
 
+    def _begin(self, scope: contextlib.ExitStack) -> list[str]:
+        """In process 0: the lock, and a journal of these facts; the names of finished blocks."""
+        with fs.output_errors(self.folder):
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+        scope.enter_context(fs.locked(self.folder, self.target))
+        if self._restart:
+            self.remove()
+        self._open()
+        done = itertools.takewhile(lambda name: self._done_file(name).is_file(), self._names)
+        return list(done)
+
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        hopeless = isinstance(error, JaxqError) and not isinstance(error, OutputError)
+        hopeless = isinstance(error, JaxqError)
+        hopeless = hopeless and not isinstance(error, (OutputError, ProcessError))
         if hopeless or not self._done:
             self.remove()
         self._scope.close()
@@ -123,25 +142,36 @@ class Journal:
         """Write a block and what it leaves to the next; signals wait until it is finished."""
         before = self.done[-1:]
         with held_back():
-            part = save_part(self.folder / _BLOCKS / block.name, block.name, block.params)
+            folder = self.folder / _BLOCKS / block.name
+            part = save_part(folder, block.name, block.params, self._team)
             stream = None
             if block.hidden is not None:
-                tree = {"x": block.hidden}
-                stream = save_part(self.folder / _STREAMS / block.name, "hidden", tree)
-            entry = _Done(part, stream, block.report)
+                tree = {"x": self._all_rows(block.hidden)}
+                folder = self.folder / _STREAMS / block.name
+                stream = save_part(folder, "hidden", tree, self._team)
             node = {
                 "part": part_json(part),
                 "stream": None if stream is None else part_json(stream),
                 "report": block.report.to_dict(),
             }
-            file = self.folder / _DONE / f"{block.name}.json"
-            fs.write_synced(file, encode_json(node, file.name))
-            self._done[block.name] = entry
-            for name in before:
+            file = self._done_file(block.name)
+            self._team.lead(
+                f"{block.name} is finished",
+                lambda: fs.write_synced(file, encode_json(node, file.name)),
+            )
+            self._done[block.name] = _Done(part, stream, block.report)
+            for name in before if self._team.leads else ():
                 shutil.rmtree(self.folder / _STREAMS / name, ignore_errors=True)
+
+    def _all_rows(self, hidden: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+        if self._team.count == 1 or not isinstance(hidden, np.ndarray):
+            return hidden
+        return rows_of_processes(hidden)  # in host memory each process keeps its own
 
     def hidden(self) -> np.ndarray | None:
         """The hidden states [samples, T, D] that the last finished block left; None without any.
+
+        All of them, in every process.
 
         Raises CheckpointError when they are damaged.
         """
@@ -165,9 +195,10 @@ class Journal:
 
     def remove(self) -> None:
         """Forget everything."""
-        # First: what is left of a removal that is cut short counts as nothing.
-        (self.folder / _RUN).unlink(missing_ok=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self._team.leads:
+            # First: what is left of a removal that is cut short counts as nothing.
+            (self.folder / _RUN).unlink(missing_ok=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
         self._done = {}
 
     def _open(self) -> None:
@@ -176,7 +207,6 @@ class Journal:
         if file.is_file():
             with self._damage():
                 self._compare(_flat("", json.loads(file.read_bytes())), facts)
-                self._read_done()
             return
         # What has no run.json was never begun, or was being removed.
         with fs.output_errors(self.folder):
@@ -194,21 +224,46 @@ class Journal:
                     f"{new!r}: repeat that run to finish it, or start over (restart)"
                 )
 
-    def _read_done(self) -> None:
-        for name in self._names:
-            file = self.folder / _DONE / f"{name}.json"
-            if not file.is_file():
-                break
-            node = json.loads(file.read_bytes())
-            stream = node["stream"]
-            part = parse_part(name, node["part"], str(file))
-            # Now, rather than when the output is read one day.
-            read_part(self.folder / _BLOCKS / name, name, part, verify=True)
-            self._done[name] = _Done(
-                part,
-                None if stream is None else parse_part("hidden", stream, str(file)),
-                _report(node["report"]),
+    def _check_alike(self) -> None:
+        """Refuse processes whose run is not process 0's; copies of a file may differ in age."""
+        facts = _flat("", json.loads(encode_json(self._facts, _RUN)))
+        facts = {key: fact for key, fact in facts.items() if not key.endswith(".modified_ns")}
+        first = self._team.lead("the facts are told", lambda: facts)
+
+        def compare() -> None:
+            for key in sorted(first.keys() | facts.keys()):
+                theirs, ours = first.get(key, "absent"), facts.get(key, "absent")
+                if theirs != ours:
+                    raise ProcessError(
+                        f"{self.target}: {key} is {theirs!r} in process 0 and {ours!r} in process "
+                        f"{self._team.index}: give all processes the same"
+                    )
+
+        self._team.attempt("the facts are the same", compare)
+
+    def _done_file(self, name: str) -> Path:
+        return self.folder / _DONE / f"{name}.json"
+
+    def _read_done(self, names: Sequence[str]) -> None:
+        if not self.folder.is_dir():
+            raise OutputError(
+                f"{self.target}: what process 0 makes there is not seen in process "
+                f"{self._team.index}: all processes must write to one file system"
             )
+        with self._damage():
+            for number, name in enumerate(names):
+                file = self._done_file(name)
+                node = json.loads(file.read_bytes())
+                stream = node["stream"]
+                part = parse_part(name, node["part"], str(file))
+                if number % self._team.count == self._team.index:
+                    # Now, rather than when the output is read one day.
+                    read_part(self.folder / _BLOCKS / name, name, part, verify=True)
+                self._done[name] = _Done(
+                    part,
+                    None if stream is None else parse_part("hidden", stream, str(file)),
+                    _report(node["report"]),
+                )
 
     @contextlib.contextmanager
     def _damage(self) -> Iterator[None]:
@@ -250,5 +305,6 @@ def device_facts() -> dict[str, Any]:
     return {
         "platform": device.platform,
         "kind": device.device_kind,
+        "processes": jax.process_count(),
         "matmul_precision": jax.config.jax_default_matmul_precision,
     }

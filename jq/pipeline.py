@@ -9,7 +9,9 @@ run that was stopped goes on with the first unfinished block, to the same bytes 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import os
 import time
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jq import tree
 from jq.api import compute_dtype
@@ -26,6 +29,8 @@ from jq.calib.report import BlockReport, LinearReport, ProgressCallback
 from jq.calib.tokens import CalibrationData
 from jq.checkpoint import CheckpointWriter, files, is_checkpoint
 from jq.checkpoint.manifest import library_versions
+from jq.data_mesh import mesh_fact
+from jq.distributed import Team, all_devices
 from jq.errors import CalibrationError, CheckpointError, NonFiniteError, OutputError
 from jq.formats.export import ExportWriter
 from jq.formats.plan import ExportFormat, FormatOptions, Scheme, plan_of_recipe, schemes_for
@@ -34,6 +39,7 @@ from jq.interrupts import held_back
 from jq.journal import Journal, device_facts
 from jq.models import Decoder, HFCheckpoint, ModelConfig
 from jq.models.hf_names import weight_table
+from jq.models.hf_weights import place_on_host
 from jq.preflight import check_recipe
 from jq.recipe import Method, Recipe, needs_calibration
 from jq.requirements.of_checkpoint import check_resources, run_of_checkpoint
@@ -80,6 +86,8 @@ def quantize_checkpoint(
     overwrite: bool = False,
     restart: bool = False,
     unchecked: bool = False,
+    mesh: Mesh | None = None,
+    axis: str = "data",
     progress: ProgressCallback | None = None,
     meta: Mapping[str, Any] | None = None,
     target: Literal["orbax"] | ExportFormat = "orbax",
@@ -87,6 +95,10 @@ def quantize_checkpoint(
     shard_bytes: int = SHARD_BYTES,
 ) -> RunReport:
     """Quantize a Hugging Face model folder into a jaxq checkpoint, or for another tool.
+
+    Every process of a program of several (see `jq.distributed`) calls this with the same arguments;
+    `out` lies on a file system that all of them see, the model may be there or copied to each. The
+    devices of all share the work, and each process writes its own shards.
 
     Args:
       model_path: config.json, safetensors weights and, where there are, the tokenizer's files.
@@ -99,6 +111,9 @@ def quantize_checkpoint(
       restart: forget what an unfinished run to `out` has done. Without it, finished blocks of an
         equal run are taken over, and any other unfinished run is refused.
       unchecked: start even where memory or disk seem too small (see `jq.requirements`).
+      mesh, axis: devices that share the work, see `quantize_blocks` and `jq.data_mesh.data_mesh`;
+        None is JAX's default device, or the devices of all processes where there are several. An
+        unfinished run goes on with as many devices as it began with.
       progress: called after each group of linears.
       meta: further facts for the manifest, beside "model", "recipe" and "calibration".
       target: "orbax" makes a jaxq checkpoint; "gptq", "awq" and "compressed-tensors" make folders
@@ -110,8 +125,54 @@ def quantize_checkpoint(
       the disk is, or another run is unfinished; later NonFiniteError, and OutputError when the
       disk refuses.
     """
+    with Team() as team:
+        return _quantize_checkpoint(
+            team,
+            model_path,
+            out,
+            recipe,
+            calibration,
+            batch_size=batch_size,
+            offload=offload,
+            overwrite=overwrite,
+            restart=restart,
+            unchecked=unchecked,
+            mesh=mesh,
+            axis=axis,
+            progress=progress,
+            meta=meta,
+            target=target,
+            options=options,
+            shard_bytes=shard_bytes,
+        )
+
+
+def _quantize_checkpoint(
+    team: Team,
+    model_path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    recipe: Recipe,
+    calibration: CalibrationData | None,
+    *,
+    batch_size: int,
+    offload: bool,
+    overwrite: bool,
+    restart: bool,
+    unchecked: bool,
+    mesh: Mesh | None,
+    axis: str,
+    progress: ProgressCallback | None,
+    meta: Mapping[str, Any] | None,
+    target: Literal["orbax"] | ExportFormat,
+    options: FormatOptions | None,
+    shard_bytes: int,
+) -> RunReport:
     start = time.perf_counter()
     source = check_run(model_path, out, recipe, overwrite=overwrite, target=target, options=options)
+    if mesh is None and team.count > 1:
+        mesh = all_devices(axis)
+    if mesh is not None:  # nobody puts whole weights on a device
+        source = HFCheckpoint(source.path, place=place_on_host)
     calibration = _fitting(calibration, recipe, source.config)
     if not unchecked:
         tokens = None if calibration is None else calibration.tokens.shape
@@ -129,8 +190,9 @@ def quantize_checkpoint(
         **facts,
         "versions": library_versions(),
         "device": device_facts(),
+        "mesh": mesh_fact(mesh, axis),
     }
-    with Journal(out, decisive, source.block_names, restart=restart) as journal:
+    with Journal(out, decisive, source.block_names, restart=restart, team=team) as journal:
         resumed = len(journal.done)
         _quantize_blocks(
             source,
@@ -140,31 +202,66 @@ def quantize_checkpoint(
             batch_size=batch_size,
             offload=offload,
             progress=progress,
+            mesh=mesh,
+            axis=axis,
         )
         report = RunReport(journal.target, journal.reports, 0.0, resumed)
         if target == "orbax" or schemes is None:
-            opened = CheckpointWriter(out, config_files_from=model_path, overwrite=overwrite)
-        else:
-            opened = ExportWriter(
-                out,
-                target,
-                schemes,
-                config_files_from=model_path,
-                shard_bytes=shard_bytes,
-                overwrite=overwrite,
+            opened = CheckpointWriter(
+                out, config_files_from=model_path, overwrite=overwrite, team=team
             )
-        with opened as writer:
-            for name, subtree in source.outer().items():
-                writer.write_part(name, subtree)
-            for name in journal.done:
-                if isinstance(writer, CheckpointWriter):
+            with opened as writer:
+                for name, subtree in source.outer().items():
+                    writer.write_part(name, subtree)
+                for name in journal.done:
                     writer.link_part(name, *journal.part(name))
-                else:
-                    writer.write_part(name, journal.load(name))
-            with held_back():
-                writer.finish(facts, report.to_dict())
-                journal.remove()
+                with held_back():
+                    writer.finish(facts, report.to_dict())
+                    journal.remove()
+        else:
+            _export(
+                team,
+                ExportWriter(
+                    out,
+                    target,
+                    schemes,
+                    config_files_from=model_path,
+                    shard_bytes=shard_bytes,
+                    overwrite=overwrite,
+                ),
+                source,
+                journal,
+                facts,
+                report,
+            )
     return dataclasses.replace(report, seconds=time.perf_counter() - start)
+
+
+def _export(
+    team: Team,
+    opened: ExportWriter,
+    source: HFCheckpoint,
+    journal: Journal,
+    facts: Mapping[str, Any],
+    report: RunReport,
+) -> None:
+    """A folder for other tools, written by the first process from the blocks of all."""
+    with contextlib.ExitStack() as scope:
+        team.lead("the export is begun", lambda: scope.enter_context(opened) and None)
+
+        def write_outer() -> None:
+            for name, subtree in source.outer().items():
+                opened.write_part(name, subtree)
+
+        def write_block(name: str) -> None:
+            opened.write_part(name, journal.load(name))
+
+        team.lead("what is outside the blocks is exported", write_outer)
+        for name in journal.done:
+            team.lead(f"{name} is exported", functools.partial(write_block, name))
+        with held_back():
+            team.lead("the export is finished", lambda: opened.finish(facts, report.to_dict()))
+            journal.remove()
 
 
 def check_run(

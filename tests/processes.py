@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / ".pytest_cache" / "jax"
@@ -32,7 +33,23 @@ def environment(devices: int = 1) -> dict[str, str]:
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": str(CACHE),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
+
+
+def start(commands: list[list[str]], devices: int = 1) -> list[subprocess.Popen]:
+    """Run commands side by side."""
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=environment(devices),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for command in commands
+    ]
 
 
 def start_processes(
@@ -41,30 +58,38 @@ def start_processes(
     """Run a program in so many processes; `sys.argv[3:]` are the arguments."""
     address = f"127.0.0.1:{free_port()}"
     text = JOIN.format(count=count, heartbeat=heartbeat) + program
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", text, address, str(index), *arguments],
-            cwd=ROOT,
-            env=environment(devices),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(count)
-    ]
+    commands = [["-c", text, address, str(index), *arguments] for index in range(count)]
+    return start(commands, devices)
 
 
-def outcomes(processes: list[subprocess.Popen], timeout: float = 300) -> list[tuple[int, str]]:
-    """(exit code, stderr) of each."""
+class Outcome(NamedTuple):
+    """How a process ended; what Gloo prints of its connections is left out."""
+
+    code: int
+    out: str
+    error: str
+
+
+def outcomes(processes: list[subprocess.Popen], timeout: float = 600) -> list[Outcome]:
+    """How the processes ended; all are killed if one takes longer."""
     try:
-        errors = [process.communicate(timeout=timeout)[1] for process in processes]
+        texts = [process.communicate(timeout=timeout) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return [(p.returncode, text) for p, text in zip(processes, errors, strict=True)]
+    return [
+        Outcome(p.returncode, _without_gloo(out), error)
+        for p, (out, error) in zip(processes, texts, strict=True)
+    ]
 
 
-def run_processes(program: str, count: int, *arguments: str, devices: int = 1) -> None:
+def _without_gloo(text: str) -> str:
+    lines = text.splitlines(keepends=True)
+    return "".join(line for line in lines if not line.startswith("[Gloo]"))
+
+
+def run_processes(program: str, count: int, *arguments: str, devices: int = 1) -> list[Outcome]:
     """Run a program in so many processes, all of which have to succeed."""
     ended = outcomes(start_processes(program, count, *arguments, devices=devices))
-    assert [code for code, _ in ended] == [0] * count, "\n".join(text[-3000:] for _, text in ended)
+    assert [o.code for o in ended] == [0] * count, "\n".join(o.error[-3000:] for o in ended)
+    return ended

@@ -22,15 +22,16 @@ class FolderWriter:
     Args:
       path: the folder to make.
       overwrite: replace an existing folder that jaxq has made.
-      team: the processes that write it, kept in step by the caller.
+      team: the processes that write it.
+      own: the team is not in a `with` of the caller's.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, overwrite: bool, team: Team | None = None
+        self, path: str | os.PathLike[str], *, overwrite: bool, team: Team, own: bool = True
     ) -> None:
         self.path = Path(os.path.realpath(path))
         self._overwrite = overwrite
-        self._given, self._team = team, team or Team()
+        self._team, self._own = team, own
         self._scope = contextlib.ExitStack()
         self._partial: Path | None = None
         self._finished = False
@@ -46,7 +47,7 @@ class FolderWriter:
     def _build(self):
         """Take the folder's lock and give the hidden place; kept open unless an error comes."""
         with self._scope as scope:
-            if self._given is None:
+            if self._own:
                 scope.enter_context(self._team)
             building = fs.building(self.path, overwrite=self._overwrite)
             partial = self._team.lead(

@@ -51,7 +51,7 @@ class CheckpointWriter(FolderWriter):
         overwrite: bool = False,
         team: Team | None = None,
     ) -> None:
-        super().__init__(path, overwrite=overwrite, team=team)
+        super().__init__(path, overwrite=overwrite, team=team or Team(), own=team is None)
         self._copies = _collect(config_files_from, files or {})
         self._parts: dict[str, PartEntry] = {}
 

@@ -14,6 +14,7 @@ from jq.calib.config import CalibrationConfig
 from jq.calib.report import Progress
 from jq.calib.tokens import CalibrationData
 from jq.cli.export_options import FORMATS, Export
+from jq.cli.hosts import Hosts, joined
 from jq.cli.models import DEMO_NAME, demo_text, made_of_demo, model_folder
 from jq.cli.options import options_class, parse, peek, rebuild
 from jq.cli.output import note, print_facts, size_text, time_text, warn
@@ -58,7 +59,12 @@ class Numbers:
 def run(arguments: Sequence[str]) -> int:
     """The command."""
     args, base = _parse(arguments)
+    with joined(args.hosts):
+        return _run(args, base)
 
+
+def _run(args: Any, base: Method) -> int:
+    from jq.data_mesh import data_mesh
     from jq.pipeline import check_run, quantize_checkpoint  # what --help need not wait for
 
     spec, _ = preset(
@@ -73,6 +79,11 @@ def run(arguments: Sequence[str]) -> int:
     method = rebuild(base, args.options)
     recipe = (*(Rule(p, None, None) for p in args.numbers.skip), Rule(".*", spec, method))
     calibration_config = _calibration_config(args.calibration)
+    if args.hosts.distributed and args.devices not in (None, "all"):
+        raise SpecError(
+            f"--devices {args.devices}: a distributed run uses all devices; leave it out"
+        )
+    mesh = None if args.hosts.distributed else data_mesh(device_count(args.devices))
     folder = model_folder(args.model)
     target = {"target": args.format, "options": args.export.format_options()}
     shard_bytes = args.export.shard_bytes()
@@ -91,6 +102,7 @@ def run(arguments: Sequence[str]) -> int:
             overwrite=args.overwrite,
             restart=args.restart,
             unchecked=args.unchecked,
+            mesh=mesh,
             progress=lambda step: meter.show(step.done, step.total, _step_text(step)),
             meta={"model": DEMO_NAME} if made_of_demo(folder) else None,
             shard_bytes=shard_bytes,
@@ -171,11 +183,13 @@ def _parse(arguments: Sequence[str]) -> tuple[Any, Method]:
         ("restart", _switch("forget what an unfinished run to DIR has done"), False),
         ("dry_run", _switch("say what the run will need, and do nothing"), False),
         ("unchecked", _switch("start even where memory or disk seem too small"), False),
+        ("devices", _devices(), None),
         ("numbers", Numbers, chosen),
         *rounding,
         ("options", Annotated[options, tyro.conf.arg(name=type(base).__name__)], options()),
         ("calibration", calibration, calibration()),
         ("export", Export, Export()),
+        ("hosts", Hosts, Hosts()),
     ]
     kind = dataclasses.make_dataclass("Quantize", fields, frozen=True, namespace={"__doc__": ""})
     return parse(kind, "quantize", ABOUT, arguments), base
@@ -192,6 +206,20 @@ def _switch(text: str) -> Any:
 def _format() -> Any:
     text = "what to write: a checkpoint of jaxq's own (orbax), or a folder that other tools read"
     return Annotated[Literal[FORMATS], tyro.conf.arg(help=text)]  # pyright: ignore
+
+
+def _devices() -> Any:
+    text = "devices that share the work; all of an accelerator's and one CPU unless it is given"
+    return Annotated[str | None, tyro.conf.arg(metavar="N|all", help=text)]
+
+
+def device_count(text: str | None) -> int | Literal["all"] | None:
+    """What `--devices` asks for.  Raises SpecError for anything but a number or "all"."""
+    if text is None or text == "all":
+        return text
+    if not text.isdecimal():
+        raise SpecError(f"--devices {text} is neither a number nor all")
+    return int(text)
 
 
 def _with_rounding(base: Method, name: str | None) -> tuple[Method, list[Any]]:

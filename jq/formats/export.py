@@ -21,6 +21,7 @@ from jq import tree
 from jq.checkpoint.folder_writer import FolderWriter
 from jq.checkpoint.format import CONFIG_FILES, EXPORT_MANIFEST, REPORT
 from jq.checkpoint.manifest import encode_json, library_versions
+from jq.distributed import Team
 from jq.errors import CheckpointError
 from jq.formats import awq, compressed_tensors, gptq
 from jq.formats.arrays import pack_codes, unpack_codes
@@ -76,7 +77,7 @@ class ExportWriter(FolderWriter):
         shard_bytes: int = SHARD_BYTES,
         overwrite: bool = False,
     ) -> None:
-        super().__init__(path, overwrite=overwrite)
+        super().__init__(path, overwrite=overwrite, team=Team(index=0, count=1))
         self._target: ExportFormat = target
         self._schemes = dict(schemes)
         self._source = Path(config_files_from)
@@ -90,11 +91,11 @@ class ExportWriter(FolderWriter):
         """Take the folder's lock and clear away what dead processes left.
 
         Raises: OutputError when the folder is not empty, not writable, or being written by another;
-        CheckpointError in a program of several processes; SpecError for a shard size that is none.
+        CheckpointError in another process than the first; SpecError for a shard size that is none.
         """
-        if jax.process_count() > 1:
+        if jax.process_index() > 0:
             raise CheckpointError(
-                f"{self.path}: folders are written by programs of one process; this one is "
+                f"{self.path}: folders for other tools are written by process 0, and this one is "
                 f"{jax.process_index()} of {jax.process_count()}"
             )
         with self._build() as partial:
