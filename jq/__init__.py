@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jq import calib as calib
+    from jq import distributed as distributed
     from jq import errors as errors
     from jq import models as models
     from jq.api import load as load
@@ -61,7 +62,7 @@ if TYPE_CHECKING:
 
 # Where each public name lives; the test of the public API compares this with the imports above.
 _HOME = {
-    "jq": ("calib", "errors", "models"),
+    "jq": ("calib", "distributed", "errors", "models"),
     "jq.api": ("load", "save"),
     "jq.blockwise": ("BlockwiseModel", "LinearGroup"),
     "jq.calib.collect": ("collect",),

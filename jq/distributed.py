@@ -64,7 +64,8 @@ def initialize(
         return
     if processes is not None and process_id is not None and not 0 <= process_id < processes:
         raise ProcessError(f"process_id {process_id} of {processes} processes: 0 is the first")
-    jax.config.update("jax_enable_preemption_service", False)
+    if hasattr(jax.config, "jax_enable_preemption_service"):
+        jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             coordinator,

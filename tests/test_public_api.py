@@ -19,7 +19,7 @@ from tests.test_imports import LEFT_OUT, run_without
 
 ROOT = Path(__file__).parents[1]
 SOURCE = (ROOT / "jq" / "__init__.py").read_text()
-MODULES = {"calib", "errors", "models"}
+MODULES = {"calib", "distributed", "errors", "models"}
 # Names that need more than JAX and NumPy: models are Flax modules, checkpoints need more.
 NEED_FLAX = {"collect", "generate", "load", "quantize_checkpoint", "quantized_dense", "save"}
 
