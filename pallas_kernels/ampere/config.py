@@ -58,7 +58,7 @@ class W4Config:
     def shared_bytes(self) -> int:
         stage = self.slices * (2048 * self.tiles + 128 * self.block_m)
         sums = self.block_m * self.block_n * (2 if self.split == 1 else 4)
-        return self.stages * stage + sums
+        return max(self.stages * stage, sums)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ class W8Config:
     def shared_bytes(self) -> int:
         stage = 64 * self.slices * (self.block_m + self.block_n)
         sums = self.block_m * self.block_n * (2 if self.split == 1 else 4)
-        return self.stages * stage + sums
+        return max(self.stages * stage, sums)
 
 
 def _member(config, name: str, allowed) -> None:

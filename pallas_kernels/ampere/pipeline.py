@@ -64,6 +64,7 @@ def run(
 
     issue: (stage, slot): starts `sizes.copies` copies into a slot of shared memory.
     step: (stage, slot, carry) -> carry: multiplies what is in the slot.
+    Returns: the last carry; by then no thread reads the slots any more, and nothing is copied.
     """
     ahead = sizes.stages - 1
 
@@ -87,6 +88,7 @@ def run(
     for i in range(ahead):
         fill(first + i, jnp.int32(i))
     _, carry = lax.fori_loop(first, end, body, (jnp.int32(0), carry))
+    barrier()
     return carry
 
 

@@ -126,21 +126,21 @@ def launch(x: jax.Array, w: W4Weight, config: W4Config) -> jax.Array:
 
 
 def _shared_memory(plan: Plan) -> dict:
+    """What is copied and, when that is done with, what is stored."""
     config, dtype = plan.config, jnp.dtype(plan.fmt.dtype)
     if config.split > 1:
         out = (config.block_n, config.block_m), jnp.float32
     else:
         out = (config.block_m, config.block_n), dtype
-    return {
-        "x_s": swizzled((config.stages, config.block_m, plan.inputs), dtype, plan.swizzle),
-        "w_s": plgpu.SMEM((config.stages, config.tiles, config.slices, 4, 128), jnp.int32),
-        "out_s": swizzled(*out, plan.out_swizzle),
-    }
+    x_s = swizzled((config.stages, config.block_m, plan.inputs), dtype, plan.swizzle)
+    w_s = plgpu.SMEM((config.stages, config.tiles, config.slices, 4, 128), jnp.int32)
+    return {"shared": plgpu.RefUnion((x_s, w_s), swizzled(*out, plan.out_swizzle))}
 
 
-def kernel(plan: Plan, x, w, normaliser, scale, *rest, x_s, w_s, out_s) -> None:
+def kernel(plan: Plan, x, w, normaliser, scale, *rest, shared) -> None:
     """What a block does."""
     offset, out = (None, rest[0]) if plan.fmt.symmetric else rest
+    (x_s, w_s), out_s = shared
     config, fmt = plan.config, plan.fmt
     dtype = jnp.dtype(fmt.dtype)
     part = lax.axis_index("part")

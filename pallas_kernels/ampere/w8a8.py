@@ -197,18 +197,19 @@ def launch(
 
 
 def _shared_memory(plan: Plan) -> dict:
+    """What is copied and, when that is done with, what is stored."""
     config, dtype = plan.config, jnp.dtype(plan.dtype)
     out = plan.sums if config.split > 1 else jnp.dtype(plan.out)
-    return {
-        "x_s": swizzled((config.stages, config.block_m, plan.inputs), dtype, plan.swizzle),
-        "w_s": swizzled((config.stages, config.block_n, plan.inputs), dtype, 64),
-        "out_s": swizzled((config.block_m, config.block_n), out, plan.out_swizzle),
-    }
+    x_s = swizzled((config.stages, config.block_m, plan.inputs), dtype, plan.swizzle)
+    w_s = swizzled((config.stages, config.block_n, plan.inputs), dtype, 64)
+    out_s = swizzled((config.block_m, config.block_n), out, plan.out_swizzle)
+    return {"shared": plgpu.RefUnion((x_s, w_s), out_s)}
 
 
-def kernel(plan: Plan, x, w, *rest, x_s, w_s, out_s) -> None:
+def kernel(plan: Plan, x, w, *rest, shared) -> None:
     """What a block does."""
     *scales, out = rest
+    (x_s, w_s), out_s = shared
     config = plan.config
     part = lax.axis_index("part")
     m, n = plgpu.planar_snake(lax.axis_index("tile"), plan.grid, 0, config.snake)

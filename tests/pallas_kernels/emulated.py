@@ -16,6 +16,7 @@ import itertools
 from types import SimpleNamespace
 from unittest import mock
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -32,16 +33,24 @@ class Race(AssertionError):
 @dataclasses.dataclass(repr=False)
 class Ref:
     """An array in memory, or a part of it; `reads` and `writes` since the last barrier, and the
-    elements that a copy is going to write (`expected`): views of the whole array's."""
+    elements that a copy is going to write (`expected`): views of the whole array's.
+    others: arrays in the same memory."""
 
     values: np.ndarray
     expected: np.ndarray
     reads: np.ndarray
     writes: np.ndarray
+    others: tuple[Ref, ...] = ()
 
     @classmethod
-    def full(cls, values) -> Ref:
-        return cls(values, *(np.zeros(values.shape, bool) for _ in range(3)))
+    def full(cls, values, others=()) -> Ref:
+        return cls(values, *(np.zeros(values.shape, bool) for _ in range(3)), others)
+
+    @property
+    def busy(self) -> bool:
+        """Whether some thread may be using it still, or what shares its memory."""
+        states = (self.expected, self.reads, self.writes)
+        return any(s.any() for s in states) or any(other.busy for other in self.others)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,7 +69,8 @@ class Ref:
         return self._each(lambda a: a.T)
 
     def _each(self, part) -> Ref:
-        return Ref(*map(part, (self.values, self.expected, self.reads, self.writes)))
+        arrays = (self.values, self.expected, self.reads, self.writes)
+        return Ref(*map(part, arrays), self.others)
 
     def _part(self, index) -> Ref:
         index = index if isinstance(index, tuple) else (index,)
@@ -84,7 +94,7 @@ class Ref:
 
     def __setitem__(self, index, value) -> None:
         part = self._part(index)
-        if part.expected.any() or part.reads.any() or part.writes.any():
+        if part.busy:
             raise Race("written while it may be being read, written or copied to")
         assert part.dtype == value.dtype
         part.values[...] = value
@@ -117,9 +127,8 @@ class Machine:
         assert oob_mode == plgpu.OOBFillMode.PROMISE_IN_BOUNDS
         assert source.shape == destination.shape
         assert source.dtype == destination.dtype
-        for state in (destination.expected, destination.reads, destination.writes):
-            if state.any():
-                raise Race("copied to while it may be being read, written or copied to")
+        if destination.busy:
+            raise Race("copied to while it may be being read, written or copied to")
         destination.expected[...] = True
         self.groups.append((destination, source.values.copy()))
 
@@ -213,11 +222,18 @@ def operand(fmt, words, scales, offsets, mma):
 NUMPY = SimpleNamespace(zeros=np.zeros, int32=np.int32, float32=np.float32, dtype=jnp.dtype)
 
 
-def poison(kind) -> Ref:
+def poison(kind, others=()) -> Ref:
     """Uninitialized memory of an SMEM type, or of a result."""
     values = np.zeros(kind.shape, kind.dtype)
     values[...] = 77 if values.dtype in (np.int8, np.int32) else np.nan
-    return Ref.full(values)
+    return Ref.full(values, others)
+
+
+def union(kind) -> tuple[tuple[Ref, ...], Ref]:
+    """Uninitialized memory of the union of some arrays and another one."""
+    group, last = kind.refs
+    group = tuple(map(poison, group))
+    return group, poison(last, group)
 
 
 @contextlib.contextmanager
@@ -251,9 +267,9 @@ def kernel(module, machine_type, body, *, out_type, scratch_types, grid, grid_na
         result = poison(out_type)
         blocks = itertools.product(*map(range, grid))
         for block in reversed(list(blocks)):
-            shared = {name: poison(kind) for name, kind in scratch_types.items()}
+            shared = {name: union(kind) for name, kind in scratch_types.items()}
             axes = dict(zip(grid_names, block, strict=True))
-            machine = machine_type(axes, list(shared.values()))
+            machine = machine_type(axes, jax.tree.leaves(shared))
             arrays = [Ref.full(np.asarray(a)) for a in inputs]
             with standing_in(machine, module):
                 body(*arrays, result, **shared)

@@ -223,6 +223,26 @@ def test_registers_are_those_of_mma(dtype, row_warps):
         assert place == (16 * row + g + 8 * register, 8 * column + 2 * t + e)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("row_warps", [1, 2, 4])
+def test_ldmatrix_brings_the_operands(dtype, row_warps):
+    """ldmatrix gives lane 4 g + t the t-th four bytes of row g, of eight rows of 16 bytes: of x and
+    of the weight as they are stored, the inputs contiguous."""
+    size = jnp.dtype(dtype).itemsize
+    for operand, shape in (
+        (plgpu.Layout.MMA_LHS, (16 * row_warps, 32 // size)),
+        (plgpu.Layout.MMA_RHS, (32 // size, 32 // row_warps)),
+    ):
+        held = places(operand(jnp.dtype(dtype), m_warps=row_warps).to_mgpu(), shape)
+        first = {}  # of each warp's register: (row, byte) of lane 0
+        for (warp, lane, register, e), place in sorted(held.items()):
+            row, k = place if operand is plgpu.Layout.MMA_LHS else place[::-1]
+            origin = first.setdefault((warp, register), (row, k * size))
+            assert origin[1] % 16 == 0
+            assert row == origin[0] + lane // 4
+            assert k * size == origin[1] + 4 * (lane % 4) + e * size
+
+
 # Tile sizes
 
 
@@ -241,7 +261,7 @@ def test_every_shape_gets_tile_sizes(capability):
 
 
 def test_more_shared_memory_than_there_is():
-    deep = W4Config(64, 1, 4, 3)
+    deep = W4Config(64, 1, 4, 4)
     assert tuning.unsuitable_w4(deep, 4096, 4096, (8, 0)) is None
     assert "8.6 has 101376" in str(tuning.unsuitable_w4(deep, 4096, 4096, (8, 6)))
     with pytest.raises(ValueError, match="take fewer stages"):
