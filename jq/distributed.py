@@ -55,15 +55,18 @@ def initialize(
         can tell, the cluster's own settings are read (Slurm, Open MPI, Kubernetes, TPU pods).
       processes: how many there are.
       process_id: this one's, from 0.
-      timeout: seconds until all must be there.
+      timeout: seconds until all must be there; JAX ends those that have come when some have not.
       heartbeat: seconds after which one that is no longer heard of counts as dead; JAX then ends
         the others.
-    Raises: ProcessError when the processes do not find each other, or it is too late.
+    Raises: ProcessError when nothing answers at the coordinator's address, when the cluster does
+      not tell what was not given, and when JAX was used before.
     """
     if jax.distributed.is_initialized():
         return
     if processes is not None and process_id is not None and not 0 <= process_id < processes:
         raise ProcessError(f"process_id {process_id} of {processes} processes: 0 is the first")
+    if coordinator is not None and process_id != 0:
+        _reach(coordinator, timeout)
     if hasattr(jax.config, "jax_enable_preemption_service"):
         jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -81,6 +84,25 @@ def initialize(
             f"the processes cannot be joined ({reason}): give the coordinator's host:port, the "
             "number of processes and each one's id, and start this before anything uses JAX"
         ) from error
+
+
+def _reach(coordinator: str, timeout: float) -> None:
+    """Wait until something listens there: JAX would end the process if nothing ever does."""
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ProcessError(f"coordinator {coordinator!r} is no host:port, such as host0:9911")
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=timeout).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ProcessError(
+                    f"coordinator {coordinator} did not answer within {timeout:g} seconds "
+                    f"({error.strerror or error}): is process 0 running, and the address right?"
+                ) from error
+        time.sleep(_PAUSES[1])
 
 
 def all_devices(axis: str = "data") -> Mesh:

@@ -194,6 +194,19 @@ def test_a_process_that_hangs_is_ended():
     assert "no room; this process was waiting for it" in ENDED[0]
 
 
+@pytest.mark.parametrize(
+    ("coordinator", "words"),
+    [
+        ("127.0.0.1:1", "127.0.0.1:1 did not answer within 0 seconds"),
+        ("host0", "'host0' is no host:port"),
+        ("host0:http", "'host0:http' is no host:port"),
+    ],
+)
+def test_a_coordinator_that_is_not_there(coordinator, words):
+    with pytest.raises(ProcessError, match=words):
+        distributed.initialize(coordinator, 2, 1, timeout=0)
+
+
 @pytest.mark.parametrize("process_id", [-1, 2])
 def test_an_id_beyond_the_processes_is_refused(process_id):
     with pytest.raises(ProcessError, match=f"process_id {process_id} of 2"):
