@@ -52,6 +52,12 @@ class _Plan:
         return SLICE * self.config.slices
 
     @property
+    def swizzle(self) -> int:
+        """Bytes of a row of codes that lie together: Mosaic lowers no copy from an array of more
+        inputs that does not divide into them."""
+        return SLICE if self.k % SLICE == 0 else SLICE // 2
+
+    @property
     def steps(self) -> int:
         """Stages that each block of a cluster goes through."""
         return math.ceil(self.k / (self.inputs * self.config.split))
@@ -123,8 +129,8 @@ def _shared_memory(plan: _Plan) -> dict:
     rows = scale_rows(config.block_m)
     # Swizzled memory comes first: it starts at whole kilobytes.
     shared: dict[str, Any] = {
-        "x_s": swizzled((stages, config.block_m, plan.inputs), plan.dtype),
-        "w_s": swizzled((stages, config.block_n, plan.inputs), plan.dtype),
+        "x_s": swizzled((stages, config.block_m, plan.inputs), plan.dtype, plan.swizzle),
+        "w_s": swizzled((stages, config.block_n, plan.inputs), plan.dtype, plan.swizzle),
         "out_s": swizzled((warpgroups, config.block_m, 64), plan.out_dtype),
     }
     swizzle = min(128, 4 * config.block_m)
