@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from jq.errors import JaxqError as JaxqError
     from jq.evaluate import evaluate as evaluate
     from jq.formats.convert import convert as convert
-    from jq.matmul import explain as explain
+    from jq.kernels.choice import explain as explain
     from jq.matmul import qmatmul as qmatmul
     from jq.methods.awq import AWQ as AWQ
     from jq.methods.gptq import GPTQ as GPTQ
@@ -73,7 +73,8 @@ _HOME = {
     "jq.errors": ("JaxqError",),
     "jq.evaluate": ("evaluate",),
     "jq.formats.convert": ("convert",),
-    "jq.matmul": ("explain", "qmatmul"),
+    "jq.kernels.choice": ("explain",),
+    "jq.matmul": ("qmatmul",),
     "jq.methods.awq": ("AWQ",),
     "jq.methods.gptq": ("GPTQ",),
     "jq.methods.rtn": ("RTN",),

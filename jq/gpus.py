@@ -15,7 +15,13 @@ Arithmetic = Literal["16-bit", "int8", "fp8"]
 
 # fp8 tensor cores came with Ada (8.9), int8 ones with Turing (7.2, 7.5), bfloat16 with Ampere.
 # CUDA C++ Programming Guide, "Compute Capabilities".
-_FP8_SINCE, _INT8_SINCE, _BF16_SINCE = (8, 9), (7, 2), (8, 0)
+_SINCE: dict[Arithmetic, tuple[int, int]] = {"16-bit": (7, 0), "int8": (7, 2), "fp8": (8, 9)}
+_BF16_SINCE = (8, 0)
+_WHO: dict[Arithmetic, str] = {
+    "fp8": "sm_89 (Ada) and newer",
+    "int8": "sm_75 (Turing) and newer",
+    "16-bit": "sm_70",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +37,7 @@ class GPU:
         eight_bit_tops: dense int8 tensor-core products, and fp8 where `has("fp8")`, 10^12 per
             second; 0 without such tensor cores.
         source: where the numbers stand.
+        fp8_tflops: dense fp8 products with float32 sums, where they are fewer than the int8 ones.
     """
 
     name: str
@@ -41,11 +48,11 @@ class GPU:
     half_tflops: float
     eight_bit_tops: float
     source: str
+    fp8_tflops: float | None = None
 
     def has(self, arithmetic: Arithmetic) -> bool:
         """Whether tensor cores multiply such numbers."""
-        since = {"16-bit": (7, 0), "int8": _INT8_SINCE, "fp8": _FP8_SINCE}[arithmetic]
-        return self.capability >= since
+        return self.capability >= _SINCE[arithmetic]
 
     @property
     def sm(self) -> str:
@@ -61,6 +68,8 @@ class GPU:
         """Products and sums per second, dense; 0 where there are no such tensor cores."""
         if not self.has(arithmetic):
             return 0.0
+        if arithmetic == "fp8" and self.fp8_tflops is not None:
+            return 1e12 * self.fp8_tflops
         return 1e12 * (self.half_tflops if arithmetic == "16-bit" else self.eight_bit_tops)
 
     @property
@@ -86,15 +95,16 @@ _TABLE = (
     GPU("a30", *_GA100, 24, 933, 165, 330, "NVIDIA A30 data sheet"),
     GPU("a10", *_GA102, 24, 600, 125, 250, "NVIDIA A10 data sheet"),
     GPU("a40", *_GA102, 48, 696, 149.7, 299.3, "NVIDIA A40 data sheet"),
-    GPU("rtx-a6000", *_GA102, 48, 768, 154.8, 309.7, "NVIDIA RTX A6000 data sheet"),
+    GPU("rtx-a6000", *_GA102, 48, 768, 154.8, 309.7, "NVIDIA GA102 white paper, appendix C"),
     GPU("rtx-3090", *_GA102, 24, 936, 71, 284, "NVIDIA GA102 white paper, appendix A"),
-    GPU("rtx-4090", *_ADA, 24, 1008, 165.2, 660.6, "NVIDIA Ada architecture paper, appendix A"),
+    # GeForce cards sum floats in float32 at half the rate; int8 products are summed in int32.
+    GPU("rtx-4090", *_ADA, 24, 1008, 165.2, 660.6, "NVIDIA Ada white paper, appendix A", 330.3),
     GPU("l4", *_ADA, 24, 300, 121, 242.5, "NVIDIA L4 data sheet, halved"),
     GPU("l40s", *_ADA, 48, 864, 362.05, 733, "NVIDIA L40S data sheet"),
     GPU("h100-pcie", *_HOPPER, 80, 2000, 756, 1513, "NVIDIA H100 data sheet, PCIe, halved"),
     GPU("h100", *_HOPPER, 80, 3350, 989, 1979, "NVIDIA H100 data sheet, SXM, halved"),
     GPU("h200", *_HOPPER, 141, 4800, 989, 1979, "NVIDIA H200 data sheet, SXM, halved"),
-    GPU("b200", *_BLACKWELL, 180, 8000, 2250, 4500, "NVIDIA DGX B200 data sheet, per GPU, halved"),
+    GPU("b200", *_BLACKWELL, 180, 7700, 2250, 4500, "NVIDIA HGX B200 data sheet, per GPU, halved"),
 )
 GPUS: dict[str, GPU] = {gpu.name: gpu for gpu in _TABLE}
 _ALIASES = {
@@ -120,11 +130,12 @@ def find_gpu(name: str) -> GPU:
 
 def missing(gpu: GPU, arithmetic: Arithmetic) -> str | None:
     """Why a GPU does not run products of this arithmetic on tensor cores; None where it does."""
-    if gpu.has(arithmetic):
+    reason = lacking(gpu.capability, arithmetic)
+    return None if reason is None else f"{gpu.name} ({gpu.sm}) has {reason}"
+
+
+def lacking(capability: tuple[int, int], arithmetic: Arithmetic) -> str | None:
+    """ "no fp8 tensor cores; ...", or None where a compute capability has them."""
+    if capability >= _SINCE[arithmetic]:
         return None
-    since = {
-        "fp8": "sm_89 (Ada) and newer",
-        "int8": "sm_75 (Turing) and newer",
-        "16-bit": "sm_70",
-    }
-    return f"{gpu.name} ({gpu.sm}) has no {arithmetic} tensor cores; {since[arithmetic]} have"
+    return f"no {arithmetic} tensor cores; {_WHO[arithmetic]} have"

@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from jq.matmul import REFERENCE, Choice, explain, to_kernel
+from jq.kernels.choice import HOPPER, REFERENCE, Choice, capability_of, explain
+from jq.kernels.convert import to_kernel
 from jq.prepared import PreparedTensor
 from jq.qtensor import QTensor
 from jq.sharding import axes_of, misfit, partition_specs
+from jq.support import Capability
 
 
 def prepare(params: Any, device: Any = None, *, dtype: Any = jnp.bfloat16) -> Any:
@@ -32,7 +34,7 @@ def prepare(params: Any, device: Any = None, *, dtype: Any = jnp.bfloat16) -> An
 
     def leaf(value: Any) -> Any:
         if isinstance(value, QTensor) and _choice(value, device, dtype).kernel != REFERENCE:
-            return _convert(value, jnp.dtype(dtype).name)
+            return _convert(value, jnp.dtype(dtype).name, capability_of(device)[0] or HOPPER)
         return value
 
     return jax.tree.map(leaf, params, is_leaf=_is_quantized)
@@ -71,11 +73,14 @@ def _cut(w: QTensor) -> tuple[Any, Any, Any, tuple[Any, ...]] | None:
     return sharding.mesh, spec[-2], spec[-1], spec[:-2]
 
 
-def _convert(w: QTensor, dtype: str) -> PreparedTensor:
+def _convert(w: QTensor, dtype: str, capability: Capability) -> PreparedTensor:
+    def convert(w: QTensor) -> PreparedTensor:
+        return to_kernel(w, dtype, capability)
+
     cut = _cut(w)
     if cut is None:
-        return to_kernel(w, dtype)
+        return convert(w)
     mesh, k, n, lead = cut
-    specs = partition_specs(jax.eval_shape(lambda w: to_kernel(w, dtype), w), k, n, lead)
+    specs = partition_specs(jax.eval_shape(convert, w), k, n, lead)
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-    return jax.jit(lambda w: to_kernel(w, dtype), out_shardings=shardings)(w)
+    return jax.jit(convert, out_shardings=shardings)(w)

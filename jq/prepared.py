@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from jq.spec import QuantSpec
+from jq.support import Capability
 
 
 @jax.tree_util.register_dataclass
@@ -16,10 +17,12 @@ class PreparedTensor:
     """What `jq.prepare` puts in the place of a `QTensor` that a kernel of the device serves.
 
     Arrays (pytree children; leading axes, if any, are stacked layers or experts):
-      weight: the kernel's own pytree (`jq.pallas_kernels.weight.W4Weight`), of logical shape
-        [..., K, N]. Its sizes are those of its arrays, so that a shard is a weight.
+      weight: the kernel's own pytree (`jq.pallas_kernels`: `weight.W4Weight`, `weight8.W8Weight`),
+        of logical shape [..., K, N].  Its sizes are those of its arrays, so that a shard is a
+        weight.
       order: int32 [..., K] or None.  Row r of the weight multiplies input order[r] (act order).
-    Static: spec, the format that was prepared.
+      input_scale: float32 [...] or None; the static scale of the activations.
+    Static: spec, the format that was prepared; capability, of the GPU that it was prepared for.
 
     It holds the same codes, scales and zero points as the QTensor, and nothing else of it is
     needed.  Checkpoints keep the portable layout: save before preparing.
@@ -27,7 +30,9 @@ class PreparedTensor:
 
     weight: Any
     order: jax.Array | None
+    input_scale: jax.Array | None
     spec: QuantSpec = dataclasses.field(metadata={"static": True})
+    capability: Capability = dataclasses.field(metadata={"static": True})
 
     @property
     def k(self) -> int:

@@ -50,9 +50,9 @@ def partition_specs(
         return P(*lead, k if scale.shape[-2] > 1 else None, n if scale.shape[-1] > 1 else None)
 
     order = None if w.order is None else P(*lead, None)
+    static = None if w.input_scale is None else P(*lead)
     if isinstance(w, QTensor):
         zero = None if w.zero_point is None else groups(w.zero_point)
-        static = None if w.input_scale is None else P(*lead)
         return dataclasses.replace(
             w,
             codes=P(*lead, k, n),
@@ -61,6 +61,10 @@ def partition_specs(
             order=order,
             input_scale=static,
         )
+    if w.spec.activation is not None:
+        scale = P(*lead, n) if w.weight.block is None else P(*lead, n, k)
+        weight = dataclasses.replace(w.weight, codes=P(*lead, n, k), scale=scale)
+        return dataclasses.replace(w, weight=weight, order=order, input_scale=static)
     offset = None if w.weight.offset is None else groups(w.weight.offset)
     weight = dataclasses.replace(
         w.weight,
@@ -69,7 +73,7 @@ def partition_specs(
         offset=offset,
         normaliser=P(*lead, n),
     )
-    return dataclasses.replace(w, weight=weight, order=order)
+    return dataclasses.replace(w, weight=weight, order=order, input_scale=static)
 
 
 def sharded_qmatmul(

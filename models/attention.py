@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jq.kernels.activations import QuantizedActivations
 from jq.models.cache import Places
 from jq.models.config import ModelConfig
 from jq.models.layers import Linear, RMSNorm
@@ -148,7 +149,10 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(c.rms_norm_eps, self.param_dtype)
 
     def mix(
-        self, x: Float[Array, "B T D"], places: Places, past: tuple[Any, Any, Any] | None = None
+        self,
+        x: Float[Array, "B T D"] | QuantizedActivations,
+        places: Places,
+        past: tuple[Any, Any, Any] | None = None,
     ) -> tuple[Float[Array, "B T C"], tuple[Any, Any] | None]:
         """Everything before `o_proj`.
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from jq.blockwise import LinearGroup
 from jq.errors import ModelError
+from jq.kernels.activations import shared_plan
 from jq.models.attention import Attention
 from jq.models.cache import KVCache, Places, make_places
 from jq.models.config import ModelConfig
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
 
 NUM_STAGES = 5
+_QKV, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
 
 class Block(nn.Module):
@@ -51,15 +53,21 @@ class Block(nn.Module):
         """The block's output, and the updated keys and values where `past` is given."""
         x, carry = h, past
         for index in range(NUM_STAGES):
-            x, carry = self.stage(index, x, carry, places)
+            x, carry = self.stage(index, x, carry, places, once=True)
         return x, carry
 
-    def stage(self, index: int, x: jax.Array, carry: Any, places: Places) -> tuple[jax.Array, Any]:
+    def stage(
+        self, index: int, x: Any, carry: Any, places: Places, *, once: bool = False
+    ) -> tuple[Any, Any]:
         """Stage `index`.  Before the first and after the last, `carry` is the cache (or None);
-        in between it is (residual stream, cache)."""
+        in between it is (residual stream, cache).
+
+        once: where the linears that share an input want it in 8 bits and agree how, it is quantized
+          here, once, and not in each of them; the numbers are the same.
+        """
         match index:
             case 0:
-                return self.input_norm(x), (x, carry)
+                return self._normed(self.input_norm, x, "attention", _QKV, once), (x, carry)
             case 1:
                 residual, past = carry
                 mixed, present = self.attention.mix(x, places, past)
@@ -67,13 +75,22 @@ class Block(nn.Module):
             case 2:
                 residual, present = carry
                 residual = residual + self.attention.output(x)
-                return self.post_attention_norm(residual), (residual, present)
+                x = self._normed(self.post_attention_norm, residual, "mlp", _GATE_UP, once)
+                return x, (residual, present)
             case 3:
                 return self.mlp.hidden(x), carry
             case 4:
                 residual, present = carry
                 return residual + self.mlp.output(x), present
         raise IndexError(f"a block has stages 0 to {NUM_STAGES - 1}, not {index}")
+
+    def _normed(
+        self, norm: RMSNorm, x: jax.Array, module: str, linears: tuple[str, ...], once: bool
+    ) -> Any:
+        """The input of some linears of a module."""
+        params = self.variables.get("params", {}).get(module, {})
+        kernels = [params[name]["kernel"] for name in linears if name in params]
+        return norm(x, shared_plan(kernels) if once else None)
 
 
 class Decoder(nn.Module):

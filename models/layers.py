@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jq.kernels.activations import Plan, QuantizedActivations, normalised_input, rms_norm
 from jq.matmul import qmatmul
 from jq.models.config import ModelConfig
 
@@ -27,7 +28,7 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Linear(nn.Module):
-    """y = x @ kernel (+ bias), kernel `[K, N]` an array or a QTensor."""
+    """y = x @ kernel (+ bias), kernel `[K, N]` an array or a QTensor; x may be quantized."""
 
     features: int
     use_bias: bool = False
@@ -35,7 +36,7 @@ class Linear(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*B K"]) -> Float[Array, "*B N"]:
+    def __call__(self, x: Float[Array, "*B K"] | QuantizedActivations) -> Float[Array, "*B N"]:
         # `self.param` compares shapes with the initializer's and would refuse a packed kernel.
         if self.has_variable("params", "kernel"):
             kernel = self.get_variable("params", "kernel")
@@ -79,11 +80,12 @@ class RMSNorm(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    def __call__(self, x: Float[Array, "*B D"], plan: Plan | None = None) -> Any:
+        """[..., D] in x's dtype; with a plan, which linears that read it share, in 8 bits."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
-        return (wide * jnp.broadcast_to(scale.astype(jnp.float32), x.shape)).astype(x.dtype)
+        if plan is None:
+            return rms_norm(x, scale, self.epsilon)
+        return normalised_input(x, scale, self.epsilon, plan)
 
 
 class MLP(nn.Module):
@@ -104,7 +106,7 @@ class MLP(nn.Module):
         self.up_proj = linear(c.intermediate_size)
         self.down_proj = linear(c.hidden_size)
 
-    def hidden(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
+    def hidden(self, x: Float[Array, "B T D"] | QuantizedActivations) -> Float[Array, "B T F"]:
         """The input of `down_proj`."""
         return _ACTIVATIONS[self.config.hidden_act](self.gate_proj(x)) * self.up_proj(x)
 

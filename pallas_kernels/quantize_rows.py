@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,6 @@ from jq.pallas_kernels import reference
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Float32
 
-Codes = Literal["int8", "float8_e4m3fn"]
 GROUP = 128
 # Rows of smaller values count as zeros: the reciprocals of their scales might overflow.
 TINY = 2.0**-64
@@ -26,7 +25,7 @@ _ROW_BYTES = 64 * 1024  # what the registers of a block hold
 
 def quantize_rows(
     x: Float[Array, "*B K"],
-    dtype: Codes,
+    dtype: str,
     *,
     group: int | None = None,
     norm: tuple[jax.Array, float] | None = None,
@@ -36,7 +35,7 @@ def quantize_rows(
 
     Args:
       x: bfloat16, float16 or float32 [..., K].
-      dtype: of the codes.
+      dtype: of the codes, "int8" or "float8_e4m3fn".
       group: inputs that share a scale: None, the whole row, or 128.
       norm: (gain [K], epsilon) of an RMSNorm to apply to x first; its result is rounded to x's
         dtype, as a model's own is.
@@ -69,7 +68,7 @@ def quantize_rows(
 
 def quantize_rows_reference(
     x: Float[Array, "*B K"],
-    dtype: Codes,
+    dtype: str,
     *,
     group: int | None = None,
     norm: tuple[jax.Array, float] | None = None,

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from jq.advise.decide import Advice, Alternative, advise
 from jq.advise.formats import Fit, Format
-from jq.gpus import GPU, GPUS, find_gpu
 from jq.advise.known import find_model
 from jq.advise.situation import Situation
+from jq.gpus import GPU, GPUS, find_gpu
 
 __all__ = [
     "GPU",

@@ -22,11 +22,11 @@ from jq.advise.formats import (
     spec_of,
     unquantized,
 )
-from jq.gpus import missing
 from jq.advise.methods import Alternative, method_for
 from jq.advise.situation import Situation
 from jq.advise.warnings import warnings_for
 from jq.errors import SpecError
+from jq.gpus import missing
 from jq.presets import ACTIVATIONS, DEFAULT, PRESETS, preset
 from jq.recipe import Rule, needs_calibration, uniform
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from jq.gpus import GPU, Arithmetic, missing
 from jq.advise.situation import Situation
 from jq.advise.sizes import (
     HALF,
@@ -15,7 +14,8 @@ from jq.advise.sizes import (
     parameters,
     weight_bytes,
 )
-from jq.matmul import REFERENCE, Choice, explain
+from jq.gpus import GPU, Arithmetic, missing
+from jq.kernels.choice import REFERENCE, Choice, explain
 from jq.presets import preset
 from jq.spec import QuantSpec
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from jq.gpus import GPU
 from jq.errors import SpecError
+from jq.gpus import GPU
 from jq.models import ModelConfig
 from jq.presets import find_preset
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jq.advise.formats import Fit
 from jq.advise.situation import Situation
-from jq.matmul import REFERENCE
+from jq.kernels.choice import REFERENCE
 from jq.presets import preset
 from jq.recipe import needs_calibration, uniform
 

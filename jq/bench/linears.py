@@ -16,7 +16,8 @@ from jq.bench.result import Latency
 from jq.bench.timing import Clock, time_calls
 from jq.bench.work import Work, linear_work
 from jq.errors import ModelError
-from jq.matmul import explain, qmatmul
+from jq.kernels.choice import explain
+from jq.matmul import qmatmul
 from jq.prepared import PreparedTensor
 from jq.qtensor import QTensor
 

@@ -17,7 +17,7 @@ from jq.cli.models import model_folder
 from jq.cli.options import parse
 from jq.cli.output import print_facts, print_json, print_table, size_text
 from jq.cli.summary import Tensor, Totals, checkpoint_tensors, hf_tensors, read_report, totals
-from jq.matmul import Choice, explain
+from jq.kernels.choice import Choice, explain
 
 ABOUT = """List the tensors of a checkpoint with their sizes and errors, and the totals.
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
-from jq.matmul import explain, qmatmul
+from jq.kernels.choice import explain
+from jq.matmul import qmatmul
 from jq.prepare import prepare
 from jq.prepared import PreparedTensor
 from jq.qtensor import QTensor, from_codes

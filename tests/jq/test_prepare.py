@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from jq.errors import SpecError
-from jq.matmul import REFERENCE, W4A16, explain, qmatmul
+from jq.kernels.choice import REFERENCE, W4A16, explain
+from jq.matmul import qmatmul
 from jq.prepare import choices, prepare
 from jq.prepared import PreparedTensor
 from jq.qtensor import QTensor
@@ -51,6 +52,7 @@ def test_only_what_a_kernel_serves_is_prepared():
             "q": {"kernel": weight()},
             "odd": {"kernel": cases.weight("int4 g32", 64, 48)},
             "int8": {"kernel": weight("int8 token / channel")},
+            "odd8": {"kernel": cases.weight("fp8 token / channel", 64, 48)},
             "int3": {"kernel": weight("int3 g32 zero")},
             "small": {"kernel": weight("int4 g16")},
             "fp16": {"kernel": weight("int4 g64 fp16")},
@@ -60,17 +62,19 @@ def test_only_what_a_kernel_serves_is_prepared():
     layer = out["layers_0"]
     assert isinstance(layer["q"]["kernel"], PreparedTensor)
     assert out["norm"]["scale"] is params["norm"]["scale"]
-    for name in ("odd", "int8", "int3", "small", "fp16"):
+    assert isinstance(layer["int8"]["kernel"], PreparedTensor)
+    for name in ("odd", "odd8", "int3", "small", "fp16"):
         assert layer[name]["kernel"] is params["layers_0"][name]["kernel"]
 
     found = choices(params, "sm_90")
     assert sorted(found) == sorted(f"layers_0/{name}/kernel" for name in params["layers_0"])
     assert found["layers_0/q/kernel"].kernel == W4A16
+    assert found["layers_0/int8/kernel"].kernel == W8A8
     reasons = {path.split("/")[1]: c.reason for path, c in found.items() if c.kernel == REFERENCE}
     for name, said in {
         "odd": "48",
-        "int8": "int8",
-        "int3": "int3",
+        "odd8": "48",
+        "int3": "int4 weights",
         "small": "16",
         "fp16": "float16",
     }.items():
@@ -82,7 +86,7 @@ def test_only_what_a_kernel_serves_is_prepared():
 def test_other_devices_are_left_alone():
     params = {"kernel": weight()}
     assert prepare(params)["kernel"] is params["kernel"]
-    for device, said in ((None, "CUDA"), (jax.devices()[0], "CUDA"), ("sm_80", "8.0")):
+    for device, said in ((None, "CUDA"), (jax.devices()[0], "CUDA"), ("sm_75", "7.5")):
         choice = explain(weight(), device=device)
         assert choice.kernel == REFERENCE
         assert said in choice.reason
@@ -272,7 +276,10 @@ def test_any_number_of_rows_is_lowered_for_cuda(rows):
 
 def test_kernels_are_not_traced_where_they_do_not_run(monkeypatch):
     """A CPU's programs cost no more to make than XLA's."""
-    monkeypatch.setattr("jq.matmul.w4a16", lambda x, w: 1 / 0)
+    for name in ("w4a16", "w8a8", "quantize_rows"):
+        monkeypatch.setattr(f"jq.kernels.operations.{name}", lambda *args, **options: 1 / 0)
+    eight = prepared("int8 token / channel")
+    jax.jit(lambda x, w: qmatmul(x, w)).lower(inputs(7), eight).compile()
     jax.jit(lambda x, w: qmatmul(x, w)).lower(inputs(7), prepared()).compile()
     with jax.disable_jit():
         y = qmatmul(inputs(), prepared())

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jq.matmul import REFERENCE, explain, qmatmul, to_kernel
+from jq.kernels.choice import REFERENCE, explain
+from jq.kernels.convert import to_kernel
+from jq.matmul import qmatmul
 from tests.jq import cases
 from tests.pallas_kernels.contract import Backend, MatmulContract
 
