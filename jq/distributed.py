@@ -31,7 +31,7 @@ from jq.errors import JaxqError, ProcessError
 # Seconds that processes wait for the others at a step.
 STEP_TIMEOUT = 600.0
 # Seconds that a process has for stopping by itself when another one failed.
-GRACE = 10.0
+GRACE = 5.0
 
 _PAUSES = (0.001, 0.2)  # between two looks at the others, growing from the first to the second
 _teams = itertools.count()
@@ -76,7 +76,7 @@ def initialize(
             process_id,
             initialization_timeout=timeout,
             heartbeat_timeout_seconds=heartbeat,
-            shutdown_timeout_seconds=int(3 * GRACE),
+            shutdown_timeout_seconds=120,
         )
     except (ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
@@ -279,8 +279,8 @@ class Team:
             time.sleep(_PAUSES[1])
 
     def _see_off(self) -> None:
-        """Wait a little until the others have stopped too: process 0 takes the service along."""
-        deadline = time.monotonic() + GRACE
+        """Wait a little until the others have stopped too, or say why they will."""
+        deadline = time.monotonic() + 3 * GRACE
         with contextlib.suppress(Exception):
             while len(self._read(f"{self._name}/failed/")) < self.count:
                 if time.monotonic() > deadline:
@@ -294,8 +294,11 @@ class Team:
             if failure is None:
                 continue
             if not self._left.wait(GRACE):
+                text = f"jaxq: error: {failure}; this process was waiting for it"
+                print(text, file=sys.__stderr__, flush=True)
                 self._tell(failure)
-                _exit(f"jaxq: {failure}; this process was waiting for it")
+                self._see_off()
+                leave(2)
 
 
 def _service() -> Store:
@@ -333,6 +336,14 @@ def _broken(count: int, error: BaseException) -> JaxqError | None:
     )
 
 
-def _exit(message: str) -> NoReturn:
-    print(message, file=sys.__stderr__, flush=True)
-    os._exit(2)
+def leave(code: int) -> NoReturn:
+    """End this process after an error that the others know of.
+
+    An ordinary end would wait for the others, whom JAX then ends with messages of its own.
+    """
+    for stream in (sys.__stdout__, sys.__stderr__):
+        if stream is not None:
+            stream.flush()
+    if jax.process_index() == 0:
+        time.sleep(1.0)  # it takes the coordination service along
+    os._exit(code)

@@ -10,7 +10,8 @@ from typing import Annotated
 
 import tyro
 
-from jq.errors import SpecError
+from jq.cli.output import complain
+from jq.errors import JaxqError, SpecError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +50,14 @@ def joined(hosts: Hosts) -> Iterator[None]:
     from jq import distributed
 
     distributed.initialize(hosts.coordinator, hosts.processes, hosts.process_id)
-    with contextlib.ExitStack() as scope:
-        if jax.process_index() > 0:
-            nowhere = scope.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            scope.enter_context(contextlib.redirect_stdout(nowhere))
-            scope.enter_context(contextlib.redirect_stderr(nowhere))
-        scope.enter_context(distributed.Team())  # who fails before or after the run tells it too
-        yield
+    try:
+        with contextlib.ExitStack() as scope:
+            if jax.process_index() > 0:
+                nowhere = scope.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                scope.enter_context(contextlib.redirect_stdout(nowhere))
+                scope.enter_context(contextlib.redirect_stderr(nowhere))
+            scope.enter_context(distributed.Team())  # for errors before and after the run
+            yield
+    except JaxqError as error:
+        complain(str(error))
+        distributed.leave(2)

@@ -36,11 +36,7 @@ class Dictionary:
 @pytest.fixture(autouse=True)
 def short_grace(monkeypatch):
     monkeypatch.setattr(distributed, "GRACE", 0.3)
-    monkeypatch.setattr(distributed, "_exit", lambda message: ENDED.append(message))
-    ENDED.clear()
-
-
-ENDED: list = []
+    monkeypatch.setattr(distributed, "leave", lambda code: pytest.fail("a process was ended"))
 
 
 def together(count, program, timeout=20.0):
@@ -175,23 +171,24 @@ def test_values_that_have_to_agree():
     assert "seed: 0 in process 0 and 1 in process 1" in str(results[0])
 
 
-def test_a_process_that_hangs_is_ended():
-    waiting = threading.Event()
+def test_a_process_that_hangs_is_ended(monkeypatch, capfd):
+    waiting, codes = threading.Event(), []
 
     def program(team):
         if team.index == 0:
             raise OutputError("no room")
         waiting.wait(10.0)
 
-    def end(message):
-        ENDED.append(message)
+    def leave(code):
+        codes.append(code)
         waiting.set()
 
-    distributed._exit = end
+    monkeypatch.setattr(distributed, "leave", leave)
     together(2, program)
-    assert len(ENDED) == 1
-    assert "process 0 of 2" in ENDED[0]
-    assert "no room; this process was waiting for it" in ENDED[0]
+    assert codes == [2]
+    said = capfd.readouterr().err
+    assert "process 0 of 2" in said
+    assert "no room; this process was waiting for it" in said
 
 
 @pytest.mark.parametrize(

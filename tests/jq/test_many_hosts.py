@@ -97,14 +97,15 @@ def test_two_processes_one_is_killed(folder, tmp_path):
 
 def test_four_processes_one_fails(folder, tmp_path):
     """Hidden states in host memory: each process has its own samples there."""
-    ended = outcomes(start_processes(PROGRAM, 4, folder, str(tmp_path / "offload"), "fail"))
+    offload = str(tmp_path / "offload")
+    ended = outcomes(start_processes(PROGRAM, 4, folder, offload, "fail", heartbeat=10))
     for index, outcome in enumerate(ended):
         assert outcome.code not in (0, -9)
         told = "OutputError: " if index == 1 else "process 1 of 4"
         assert told in outcome.error
         assert "the disk of this host is full" in outcome.error
     assert ".offload.journal" in os.listdir(tmp_path)
-    again = run_processes(PROGRAM, 4, folder, str(tmp_path / "offload"), "")
+    again = run_processes(PROGRAM, 4, folder, offload, "")
     assert [o.out for o in again] == ["resumed 1\n"] * 4
     assert os.listdir(tmp_path) == ["offload"]
     assert chunks(tmp_path / "offload") == {4}
