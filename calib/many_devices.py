@@ -33,14 +33,14 @@ from jq.blockwise import BlockwiseModel
 from jq.calib.one_device import check_hidden, embed
 from jq.calib.scaling import Scaling, choose_scale
 from jq.calib.stages import StageResult, Stream, prepare_block, ready, run_samples
-from jq.data_mesh import DataMesh, shard_axis
+from jq.data_mesh import DataMesh, columns_are_cut, shard_axis
 from jq.group import RoundedGroup, solve_group
 from jq.methods.awq import AWQ
 from jq.methods.gptq import GPTQ, HessianFactor, factor_hessian
 from jq.methods.rtn import RTN
 from jq.methods.smoothquant import SmoothQuant
 from jq.qtensor import QTensor
-from jq.sharding import misfit, partition_specs
+from jq.sharding import partition_specs
 from jq.spec import QuantSpec
 from jq.statistics import InputStats
 
@@ -72,6 +72,7 @@ class ManyDevices:
         The default device embeds it, `batch_size` samples at a time.
         """
         dealt = self.devices.deal(tokens)
+        outer = jax.device_put(outer)  # once, where it is in host memory
         shape = jax.eval_shape(lambda t: embed(self.model, outer, t), dealt).shape
 
         def part(index: Any) -> np.ndarray:
@@ -266,11 +267,6 @@ class ManyDevices:
     def _empty(self, index: int, params: Any) -> InputStats:
         first = self.model.linear_groups[index].linears[0]
         return _zeros(tree.get(params, f"{first}/kernel").shape[-2], devices=self.devices)
-
-
-def columns_are_cut(spec: QuantSpec, k: int, n: int, parts: int) -> bool:
-    """Whether so many devices share the outputs of a weight: whole groups and bytes for each."""
-    return spec.granularity != "tensor" and misfit(spec, k, n, 1, parts, tiled=False) is None
 
 
 def place_shards(devices: DataMesh, array: Any) -> jax.Array:

@@ -94,10 +94,29 @@ def choose_scale(
         return Scaling(scale, jnp.float32(method.exponent))
     loss = _block_part_loss(model, kind, index, params, stream, real, specs)
     if loss is None:
+        quantized, shared = _own_outputs(quantized, axis_name)
         loss = total_loss([awq.gram_loss([w], stats.gram, spec) for w, spec in quantized])
-        total = _of_one
+        total = total if shared else _of_one
     scale, _, best = awq.search_scale(abs_mean, magnitude, loss, method.n_grid, total)
     return Scaling(scale, jnp.where(best == 0, jnp.nan, (best - 1) / method.n_grid))
+
+
+def _own_outputs(
+    quantized: Sequence[tuple[jax.Array, QuantSpec]], axis_name: str | None
+) -> tuple[Sequence[tuple[jax.Array, QuantSpec]], bool]:
+    """The device's part of the outputs of every weight; all where they share scales or do not
+    divide.  The second value says which."""
+    parts = 1 if axis_name is None else lax.axis_size(axis_name)
+    apart = all(spec.granularity in ("group", "channel") for _, spec in quantized)
+    if axis_name is None or not apart or any(w.shape[1] % parts for w, _ in quantized):
+        return quantized, False
+    place = lax.axis_index(axis_name)
+
+    def own(w: jax.Array) -> jax.Array:
+        size = w.shape[1] // parts
+        return lax.dynamic_slice_in_dim(w, place * size, size, axis=1)
+
+    return [(own(w), spec) for w, spec in quantized], True
 
 
 def _of_one(losses: jax.Array) -> jax.Array:

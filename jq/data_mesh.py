@@ -19,6 +19,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jq.errors import SpecError
+from jq.sharding import misfit
+from jq.spec import QuantSpec
 
 
 def data_mesh(devices: int | Literal["all"] | None = None, axis: str = "data") -> Mesh | None:
@@ -92,6 +94,12 @@ def shard_axis(shape: tuple[int, ...], parts: int) -> int | None:
     if len(shape) < 2:
         return None
     return next((i for i in reversed(range(len(shape))) if shape[i] % parts == 0), None)
+
+
+def columns_are_cut(spec: QuantSpec, k: int, n: int, parts: int) -> bool:
+    """Whether so many devices share the outputs of a weight [k, n] when it is rounded: whole scales
+    and bytes for each.  Otherwise each of them rounds all of it."""
+    return spec.granularity != "tensor" and misfit(spec, k, n, 1, parts, tiled=False) is None
 
 
 def checked_mesh(mesh: Mesh | None, axis: str) -> DataMesh | None:

@@ -1,0 +1,226 @@
+"""A whole parameter tree cut over a mesh: where every array lies, and that the model computes what
+it does on one device.
+
+Meshes need eight devices, and run in a process of their own that has them.
+"""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+
+import jq
+from jq import tree
+from jq.errors import SpecError
+from jq.methods.rtn import rtn_quantize
+from jq.models import Decoder
+from jq.models.config import ModelConfig
+from jq.models.generation import generate
+from jq.qtensor import QTensor
+from jq.sharded import ShardedTensor
+from jq.spec import QuantSpec, w8a8
+from jq.tensor_parallel import TensorParallel, Weight, tensor_mesh, unsharded
+from tests.calib import hlo
+from tests.checkpoint.trees import assert_same
+from tests.models import checkpoints
+
+ROOT = Path(__file__).parents[2]
+EIGHT = len(jax.devices()) == 8
+on_eight = pytest.mark.skipif(not EIGHT, reason="runs in the process with eight devices")
+pytestmark = pytest.mark.usefixtures("fast_compiles")
+# Eight devices cut every linear of it between groups of 8.
+RAW = checkpoints.CONFIGS["llama3"] | {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 1,
+    "vocab_size": 64,
+}
+INT4 = QuantSpec("int4", 8)
+TOKENS = np.random.default_rng(1).integers(0, 64, (2, 6), dtype=np.int32)
+
+
+@pytest.mark.skipif(EIGHT, reason="this is that process")
+def test_on_eight_devices():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        cwd=ROOT,
+        env=os.environ
+        | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "passed" in done.stdout
+
+
+def decoder(spec: QuantSpec | None = INT4, *, ordered: bool = False):
+    """A decoder of one layer whose linears are rounded to nearest."""
+    model = Decoder(ModelConfig.from_hf(RAW))
+    params = model.init(jax.random.key(0), TOKENS)["params"]
+    if spec is None:
+        return model, params
+    for path, leaf in tree.leaves(params):
+        if path.startswith("layers_") and path.endswith("/kernel"):
+            params = tree.replace(params, path, quantized(leaf, spec, ordered))
+    return model, params
+
+
+def quantized(kernel, spec, ordered=False) -> QTensor:
+    order = jnp.arange(kernel.shape[0], dtype=jnp.int32)[::-1]
+    rounded = rtn_quantize(kernel[order] if ordered else kernel, spec).to_qtensor(spec)
+    return dataclasses.replace(rounded, order=order) if ordered else rounded
+
+
+def meshes() -> dict[str, tuple[Mesh, str]]:
+    grid = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    return {
+        **{str(n): (tensor_mesh(n), "model") for n in (1, 2, 8)},
+        "2x4": (grid, "model"),
+        "4": (Mesh(np.array(jax.devices()[4:]), ("tp",)), "tp"),
+    }
+
+
+def shards(array) -> tuple[int, ...]:
+    return array.addressable_shards[0].data.shape
+
+
+@on_eight
+@pytest.mark.parametrize("name", ["2", "2x4", "8"])
+def test_logits_are_those_of_one_device(name):
+    model, params = decoder()
+    rule = TensorParallel(model, *meshes()[name])
+    parts = rule.parts
+    cut = rule.shard(params)
+    layer = cut["layers_0"]
+    assert shards(layer["attention"]["q_proj"]["kernel"].weight.codes) == (32, 64 // parts)
+    assert shards(layer["mlp"]["down_proj"]["kernel"].weight.codes) == (64 // parts, 64)
+    assert shards(layer["mlp"]["down_proj"]["kernel"].weight.scale) == (16 // parts, 64)
+    assert shards(cut["embed"]["embedding"]) == (64 // parts, 64)
+    assert shards(cut["lm_head"]["kernel"]) == (64, 64 // parts)
+    assert shards(layer["input_norm"]["scale"]) == (64,)
+    run = jax.jit(lambda p, t: model.apply({"params": p}, t))
+    compiled = run.lower(cut, TOKENS).compile()
+    logits = np.asarray(compiled(cut, TOKENS), np.float64)
+    one = np.asarray(run(params, TOKENS), np.float64)
+    assert np.abs(logits - one).max() < 1e-5 * np.abs(one).max()
+    # Two sums of a block's width: behind attention and MLP.
+    sums = hlo.collectives(compiled.as_text())
+    assert sums["all-reduce", TOKENS.size * 64 * 4] >= 2
+
+
+@on_eight
+@pytest.mark.parametrize("kind", ["act order", "8 bits", "plain", "zero"])
+def test_other_weights(kind):
+    spec = {
+        "8 bits": w8a8(),
+        "plain": None,
+        "act order": INT4,
+        "zero": QuantSpec("int3", 8, symmetric=False),
+    }[kind]
+    model, params = decoder(spec, ordered=kind == "act order")
+    cut = TensorParallel(model, tensor_mesh(2)).shard(params)
+    down = cut["layers_0"]["mlp"]["down_proj"]["kernel"]
+    if kind == "plain":
+        assert down.sharding.spec == P("model", None)
+    else:
+        # Rows that lie anywhere, and scales over all inputs, are not cut.
+        rows = kind == "zero"
+        assert (down.k, down.n) == (("model", None) if rows else (None, "model"))
+    run = jax.jit(lambda p, t: model.apply({"params": p}, t))
+    logits, one = (np.asarray(run(p, TOKENS), np.float64) for p in (cut, params))
+    assert np.abs(logits - one).max() < 1e-4 * np.abs(one).max()
+
+
+@on_eight
+@pytest.mark.slow
+def test_text_is_that_of_one_device():
+    model, params = decoder()
+    cut = TensorParallel(model, tensor_mesh(2)).shard(params)
+    prompts = [[1, 2, 3], [4, 5]]
+    made = [generate(model, p, prompts, 6, eos_token_ids=()) for p in (params, cut)]
+    assert made[0] == made[1]
+
+
+@on_eight
+def test_checkpoints_go_from_mesh_to_mesh(tmp_path):
+    model, params = decoder()
+    jq.save(tmp_path / "whole", model, params)
+    source = "whole"
+    for name, (mesh, axis) in meshes().items():
+        loaded, cut = jq.load(tmp_path / source, mesh=mesh, axis=axis)
+        assert loaded == model
+        assert_same(unsharded(cut), params)
+        kernel = cut["layers_0"]["attention"]["o_proj"]["kernel"]
+        assert isinstance(kernel, ShardedTensor)
+        assert shards(kernel.weight.codes) == (32 // mesh.shape[axis], 64)
+        jq.save(tmp_path / name, loaded, cut)
+        source = name
+    files = [
+        {
+            str(f.relative_to(tmp_path / n)): f.read_bytes()
+            for f in (tmp_path / n).rglob("*")
+            if f.is_file()
+        }
+        for n in ("whole", source)
+    ]
+    assert files[0] == files[1]
+    with pytest.raises(SpecError, match="give one of them"):
+        jq.load(tmp_path / "whole", mesh=tensor_mesh(2), shardings=lambda path, shape: None)
+
+
+def one_device() -> Mesh:
+    return Mesh(np.array(jax.devices()[:1]), ("model",))
+
+
+@on_eight
+def test_what_cannot_be_cut_is_refused_with_the_sizes_that_can(tmp_path):
+    model, params = decoder(QuantSpec("int4", 32))
+    said = (
+        "1 quantized weights cannot be cut over 4 devices: layers_0/attention/o_proj/kernel: "
+        "4 shards of K = 64 are not multiples of 32. All can over 1, 2"
+    )
+    with pytest.raises(SpecError, match=f"^{said}$"):
+        TensorParallel(model, tensor_mesh(4)).shard(params)
+    jq.save(tmp_path / "m", model, params)
+    with pytest.raises(SpecError, match="cannot be cut over 8 devices"):
+        jq.load(tmp_path / "m", mesh=tensor_mesh(8))
+
+
+def test_the_rule():
+    model = Decoder(ModelConfig.from_hf(RAW))
+    rule = TensorParallel(model, one_device())
+    plain, ordered = Weight(INT4, 64, 64, False), Weight(INT4, 64, 64, True)
+    for name in ("attention/q_proj", "attention/v_proj", "mlp/gate_proj", "mlp/up_proj"):
+        assert rule.cut(f"layers_0/{name}/kernel", plain) == (None, "model")
+    for name in ("attention/o_proj", "mlp/down_proj"):
+        path = f"layers_0/{name}/kernel"
+        assert rule.cut(path, plain) == rule.cut(path) == ("model", None)
+        assert rule.cut(path, ordered) == (None, "model")
+        assert rule.cut(path, Weight(w8a8(), 64, 64, False)) == (None, "model")
+    assert rule.cut("lm_head/kernel") == (None, "model")
+    assert rule.parts == 1
+    with pytest.raises(SpecError, match="has axes model, and none 'tp'"):
+        TensorParallel(model, one_device(), "tp")
+    count = len(jax.local_devices())
+    with pytest.raises(SpecError, match=f"{count + 1} devices are asked for"):
+        tensor_mesh(count + 1)
+
+
+def test_a_sharded_tensor_tells_what_its_weight_is():
+    w = quantized(jnp.ones((16, 8)), INT4)
+    cut = ShardedTensor(w, one_device(), None, "model")
+    assert (cut.shape, cut.ndim, cut.nbytes, cut.spec) == ((16, 8), 2, w.nbytes, INT4)
+    assert unsharded({"a": cut, "b": 1}) == {"a": w, "b": 1}
+    again = jax.tree.map(lambda a: a, cut)
+    assert (again.k, again.n, again.mesh) == (None, "model", cut.mesh)
