@@ -201,6 +201,18 @@ def _standing(limits: Sequence[tuple[str, Interval, float]]) -> tuple[Standing, 
     return "within", None
 
 
+def _task_loss(chosen: Judged) -> list[str]:
+    """What becomes of the task that loses most; nothing without tasks."""
+    if not chosen.task_drops:
+        return []
+    name, drop = max(chosen.task_drops.items(), key=lambda item: item[1].value)
+    ends = f"{-100 * drop.high:+.1f} to {-100 * drop.low:+.1f}"
+    noise = ": inside the noise" if drop.noise else ""
+    return [
+        f"Of its tasks {name} fares worst: {-100 * drop.value:+.1f} points (95 % {ends}){noise}."
+    ]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Decider:
     comparison: Comparison
@@ -221,7 +233,7 @@ class _Decider:
             chosen = now
         else:
             verdict = f"Take {chosen.arm}: {self._gain(chosen)}."
-        reasons = [self._loss(chosen)] if chosen.arm != ORIGINAL else []
+        reasons = [self._loss(chosen), *_task_loss(chosen)] if chosen.arm != ORIGINAL else []
         if len(near) > 1:
             others = _list([j.arm for j in near if j is not chosen])
             reasons.append(f"{others} cost the same within {TOLERANCE:.0%}.")

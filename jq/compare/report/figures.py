@@ -14,6 +14,7 @@ from jq.compare.results import ArmResult, Comparison
 # An arm has its colour in all plots; arms of one family have one shape.
 _SHAPES = {"RTN": 0, "original": 1, "GPTQ": 2, "AWQ": 3, "8-bit": 4}
 _BARS = "Bars: one standard error of the difference from the original."
+_APART = "Marks that would hide one another stand side by side."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ def figures(comparison: Comparison) -> list[Figure]:
             "Quality against size",
             "weights of the whole model, MB",
             {name: row["weight_bytes"] / 1e6 for name, row in rows.items()},
-            f"Further down and to the left is better. {_BARS}",
+            f"Further down and to the left is better. {_BARS} {_APART}",
         ),
         _divergence(comparison),
     ]
@@ -47,7 +48,8 @@ def figures(comparison: Comparison) -> list[Figure]:
                 f"Quality against speed, batch size {batch}",
                 "decode, tokens per second",
                 {name: row[key] for name, row in rows.items() if row.get(key) is not None},
-                f"Further down and to the right is better. {_BARS}",
+                f"Further down and to the right is better. {_BARS} Speed: the mean over all timed "
+                f"steps; percentiles are in the table below. {_APART}",
             )
         )
     if comparison.original is not None and len(done) > 1:
@@ -114,7 +116,7 @@ def _divergence(comparison: Comparison) -> Figure:
         title=title,
         log=True,
     )
-    return Figure(title, svg, f"Further down and to the left is better. {caption}")
+    return Figure(title, svg, f"Further down and to the left is better. {caption} {_APART}")
 
 
 def _along(

@@ -10,51 +10,49 @@ from typing import Any
 # From small errors to large: the anchors of viridis, which also reads in grey.
 _STOPS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 _NAMES, _CELL = 78, 16
+_WHAT = {"output_error": "outputs", "weight_error": "weights"}
 
 
 def heatmaps(arms: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, str, str]]:
-    """(arm, what its colours mean, SVG) for every arm with errors; one colour scale for all.
+    """(arm, what its colours mean, SVG) for every arm with errors.
 
     arms: name -> linears as a run reports them; the error shown is that of a linear's output, or
-      of its weights for an arm that saw no data.
+      of its weights for an arm that saw no data. Either kind has one colour scale for all arms.
     """
+    ranges = _ranges(arms)
     kinds = {name: _kind(linears) for name, linears in arms.items() if linears}
-    values = [x[kind] for name, kind in kinds.items() for x in arms[name] if x[kind]]
-    if not values:
-        return []
-    low, high = min(values), max(values)
     return [
-        (
-            name,
-            "relative error of outputs" if kind == "output_error" else "relative error of weights",
-            _map(arms[name], kind, low, high),
-        )
+        (name, f"relative error of {_WHAT[kind]}", _map(arms[name], kind, *ranges[kind]))
         for name, kind in kinds.items()
+        if kind in ranges
     ]
 
 
-def legend(arms: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """The colour scale of `heatmaps`."""
-    values = [
-        x[kind]
-        for linears in arms.values()
-        if linears
-        for kind in [_kind(linears)]
-        for x in linears
-        if x[kind]
-    ]
-    if not values:
-        return ""
-    low, high = min(values), max(values)
+def legends(arms: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """The colour scales of `heatmaps`, as SVG."""
+    return [_legend(_WHAT[kind], *found) for kind, found in _ranges(arms).items()]
+
+
+def _ranges(arms: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, tuple[float, float]]:
+    """Smallest and largest error of each kind that there is."""
+    values: dict[str, list[float]] = {}
+    for linears in arms.values():
+        if linears:
+            kind = _kind(linears)
+            values.setdefault(kind, []).extend(x[kind] for x in linears if x[kind])
+    return {kind: (min(found), max(found)) for kind, found in values.items() if found}
+
+
+def _legend(what: str, low: float, high: float) -> str:
     cells = "".join(
         f'<rect x="{_NAMES + 4 * i}" y="2" width="4.2" height="12" fill="{colour(i / 49)}"/>'
         for i in range(50)
     )
     return (
-        f'<svg viewBox="0 0 400 18" class="legend" role="img" aria-label="colour scale" '
+        f'<svg viewBox="0 0 460 18" class="legend" role="img" aria-label="colour scale, {what}" '
         f'xmlns="http://www.w3.org/2000/svg">{cells}'
         f'<text x="{_NAMES - 6}" y="12" text-anchor="end" class="soft">{low:.2g}</text>'
-        f'<text x="{_NAMES + 208}" y="12" class="soft">{high:.2g} (log scale)</text></svg>'
+        f'<text x="{_NAMES + 208}" y="12" class="soft">{high:.2g}, {what} (log scale)</text></svg>'
     )
 
 

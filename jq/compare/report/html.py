@@ -8,37 +8,41 @@ from typing import Any
 
 from jq.compare.report.content import Content
 from jq.compare.report.figures import Figure
-from jq.compare.report.heatmap import heatmaps, legend
+from jq.compare.report.heatmap import heatmaps, legends
 from jq.compare.report.tables import Table
 
 _STYLE = """
 :root { color-scheme: light dark; --soft: #666; --rule: #ddd; --page: #fff; --ink: #1b1b1b;
   --card: #f6f6f4; --mark: #0072B2; }
 @media (prefers-color-scheme: dark) { :root { --soft: #a0a0a0; --rule: #3a3a3a; --page: #161616;
-  --ink: #e6e6e6; --card: #202020; --mark: #56B4E9; } }
+  --ink: #e6e6e6; --card: #202020; --mark: #56B4E9; }
+  .plots svg { filter: brightness(1.25); } }
 body { margin: 0 auto; max-width: 1360px; padding: 24px 20px 60px; background: var(--page);
   color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6em; margin: 0 0 .3em; } h2 { font-size: 1.15em; margin: 2em 0 .5em; }
 p { max-width: 78ch; } .soft, figcaption, .note { color: var(--soft); }
 .decision { background: var(--card); border-left: 5px solid var(--mark); padding: 12px 18px;
-  max-width: 78ch; } .decision strong { font-size: 1.15em; }
+  max-width: 78ch; } .decision strong { font-size: 1.15em; } .decision ul { margin: .5em 0 0; }
 .failed { border-left: 5px solid #D55E00; padding: 2px 16px; max-width: 78ch;
   overflow-wrap: anywhere; }
 .unfair { max-width: 78ch; } .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13.5px;
   font-variant-numeric: tabular-nums; } th, td { padding: 3px 10px; white-space: nowrap;
   border-bottom: 1px solid var(--rule); } th { text-align: left; font-weight: 600; }
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--page); }
+summary { cursor: pointer; } summary h2 { display: inline-block; margin-bottom: .2em; }
 .r { text-align: right; } tr.chosen td { background: var(--card); font-weight: 600; }
 .facts td { white-space: normal; overflow-wrap: anywhere; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 520px), 1fr));
-  gap: 24px 32px; } figure { margin: 0; } figure h3 { margin: 0 0 4px; font-size: 1em; }
+  gap: 24px 32px; } figure { margin: 0; overflow-x: auto; } .plots svg { min-width: 440px; }
+figure { min-width: 0; } figure h3 { margin: 0 0 4px; font-size: 1em; }
 figcaption, .note { font-size: 13px; } svg { width: 100%; height: auto; display: block; }
 svg text { font: 12px system-ui, sans-serif; fill: currentColor; paint-order: stroke;
   stroke: var(--page); stroke-width: 3px; }
 svg .soft { fill: var(--soft); }
 svg .grid { stroke: var(--rule); } svg .axis { stroke: var(--soft); fill: none; }
 svg .base { stroke: var(--soft); stroke-dasharray: 5 4; fill: none; }
-svg .leader { stroke: var(--soft); stroke-width: .7; } svg.legend { max-width: 400px; }
+svg .leader { stroke: var(--soft); stroke-width: .7; } svg.legend { max-width: 460px; }
 .maps { display: grid; grid-template-columns: repeat(auto-fit, minmax(260px, 1fr)); gap: 18px; }
 """
 
@@ -55,9 +59,7 @@ def html(
     """
     parts = [f"<h1>{escape(content.title)}</h1>", f'<p class="soft">{escape(content.setting)}</p>']
     first, *more = content.verdict
-    parts.append(
-        f'<div class="decision"><strong>{escape(first)}</strong> {escape(" ".join(more))}</div>'
-    )
+    parts.append(f'<div class="decision"><strong>{escape(first)}</strong>{_bullets(more)}</div>')
     if content.unfair:
         parts.append(f'<div class="unfair">{_bullets(content.unfair)}</div>')
     if content.failures:
@@ -68,7 +70,7 @@ def html(
     for table in content.tables:
         parts.append(_table(table, chosen))
     parts.append("<h2>Before you rely on it</h2>" + _bullets(content.cautions))
-    parts += [_table(table, None, "facts") for table in (content.arms, content.facts)]
+    parts += [_folded(table) for table in (content.arms, content.facts)]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -94,10 +96,11 @@ def _errors(linears: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     )
     note = (
         "Layers from left to right. Outputs: on the calibration tokens; arms that saw none show "
-        "their weights' errors, which are other numbers. Point at a cell for its value."
+        "their weights' errors, which are other numbers, on a scale of their own. Point at a cell "
+        "for its value."
     )
     return (
-        f'<h2>Error of every linear</h2>{legend(linears)}<div class="maps">{cells}</div>'
+        f'<h2>Error of every linear</h2>{"".join(legends(linears))}<div class="maps">{cells}</div>'
         f'<p class="note">{note}</p>'
     )
 
@@ -117,6 +120,13 @@ def _table(table: Table, chosen: str | None, style: str = "") -> str:
         f'<h2>{escape(table.title)}</h2><div class="wide"><table class="{style}">'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>{note}"
     )
+
+
+def _folded(table: Table) -> str:
+    """A table that is shown when its title is clicked."""
+    whole = _table(table, None, "facts")
+    title = f"<h2>{escape(table.title)}</h2>"
+    return f"<details><summary>{title}</summary>{whole.removeprefix(title)}</details>"
 
 
 def _bullets(texts: Sequence[str]) -> str:

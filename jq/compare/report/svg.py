@@ -14,7 +14,8 @@ from html import escape
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
 WIDTH, HEIGHT = 640, 400
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 18, 14, 48
-_CHAR, _LINE = 6.4, 14.0  # of the labels' font, on the wide side
+_LINE = 14.0  # of the labels' font
+_BAR_GAP = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,7 @@ def scatter(
     marks = list(zip(points, places, [y(p.y) for p in points], strict=True))
     taken = [_box(px - 6, py - 6, 12, 12) for _, px, py in marks]
     if line is not None:
-        width, height = _CHAR * len(line[1]), y(line[0])
+        width, height = _wide(line[1]), y(line[0])
         starts = [_LEFT + 6 + i * (WIDTH - _RIGHT - _LEFT - 12 - width) / 8 for i in range(9)]
         boxes = [_box(start, height - 18, width, 20) for start in starts]
         box = max(boxes, key=lambda b: min((_distance(b, t) for t in taken), default=0.0))
@@ -107,9 +108,12 @@ def scatter(
             f'<path d="M{_LEFT} {height:.1f}H{WIDTH - _RIGHT}" class="base"/>'
             + _text(box[0], height - 5, line[1], "start", "soft")
         )
-        taken.append(box)
+        taken += [box, _box(_LEFT, height - 1, WIDTH - _RIGHT - _LEFT, 2)]
     for (p, px, py), bottom in zip(marks, lows, strict=True):
         parts.append(_mark(px, py, y(bottom), y(p.y + p.error), p))
+    # A label may not stand on a bar either, its own included.
+    bars = zip(marks, lows, strict=True)
+    taken += [_box(px - 3, y(p.y + p.error), 6, y(b) - y(p.y + p.error)) for (p, px, _), b in bars]
     for p, px, py in marks:
         parts.append(_label(p, px, py, taken))
     return _svg(parts, title)
@@ -123,7 +127,7 @@ def lines(
     ys = [
         y + sign * e for s in series for y, e in zip(s.y, s.errors, strict=True) for sign in (-1, 1)
     ]
-    room = 12 + _CHAR * max(len(s.label) for s in series)
+    room = 12 + max(_wide(s.label) for s in series)
     x = Scale(xs[0], max(xs[-1], 1.01 * xs[0]), _LEFT + 8, WIDTH - _RIGHT - room, log=True)
     y = Scale(*_padded(ys + ([] if base is None else [base]), 0.05), HEIGHT - _BOTTOM, _TOP)
     parts = _axes(x, y, xlabel, ylabel, xs)
@@ -131,16 +135,17 @@ def lines(
         parts.append(f'<path d="M{_LEFT} {y(base):.1f}H{x.end:.1f}" class="base"/>')
     ends = sorted(series, key=lambda s: y(s.y[-1]))
     heights = spread([y(s.y[-1]) for s in ends], _LINE)
-    for s, height in zip(ends, heights, strict=True):
+    for rank, (s, height) in enumerate(zip(ends, heights, strict=True)):
         colour = _colour(s.colour)
+        aside = _BAR_GAP * (rank - (len(ends) - 1) / 2)  # so that no bar hides another
         path = "L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in zip(s.x, s.y, strict=True))
         bars = "".join(
-            f"M{x(a):.1f} {y(b - e):.1f}V{y(b + e):.1f}"
+            f"M{x(a) + aside:.1f} {y(b - e):.1f}V{y(b + e):.1f}"
             for a, b, e in zip(s.x, s.y, s.errors, strict=True)
         )
         parts.append(
             f'<g stroke="{colour}" fill="none"><title>{escape(s.label)}</title>'
-            f'<path d="M{path}" stroke-width="2"/><path d="{bars}" opacity=".5"/></g>'
+            f'<path d="M{path}" stroke-width="2"/><path d="{bars}" opacity=".7"/></g>'
         )
         parts.append(
             f'<path d="M{x.end:.1f} {y(s.y[-1]):.1f}L{x.end + 8:.1f} {height:.1f}" '
@@ -237,7 +242,7 @@ def _box(x: float, y: float, width: float, height: float) -> Box:
 
 def _label(point: Point, x: float, y: float, taken: list[Box]) -> str:
     """The label of a mark where it covers nothing, the nearer the better; remembers its place."""
-    width = _CHAR * len(point.label)
+    width = _wide(point.label)
     places = [
         (x + dx if dx > 0 else x + dx - width if dx < 0 else x - width / 2, y + dy)
         for reach in (1, 2, 3, 4.5, 6, 8)
@@ -262,6 +267,11 @@ def _label(point: Point, x: float, y: float, taken: list[Box]) -> str:
         return text
     leader = f'<path d="M{x:.1f} {y:.1f}L{near_x:.1f} {near_y:.1f}" class="leader"/>'
     return leader + text
+
+
+def _wide(text: str) -> float:
+    """A text's width, rather too much: which font the page finds is not known."""
+    return 7.0 * len(text) + 4
 
 
 def _distance(a: Box, b: Box) -> float:

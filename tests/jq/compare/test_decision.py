@@ -135,6 +135,9 @@ def test_tasks_have_a_budget_of_their_own():
     assert drop.value == pytest.approx(0.2)
     loose = decided(Budget(), original(tasks={"quiz": good}), **arms)
     assert loose.chosen == "rtn"
+    (worst,) = [r for r in loose.reasons if r.startswith("Of its tasks")]
+    assert worst.startswith("Of its tasks quiz fares worst: -20.0 points (95 % -")
+    assert not worst.endswith("noise.")
     with pytest.raises(SpecError, match="no tasks were measured"):
         decided(budget, rtn=done(ms=5))
 

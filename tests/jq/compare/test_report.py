@@ -15,6 +15,7 @@ import pytest
 
 from jq.compare.decision import Budget, decide
 from jq.compare.report import csv_text, summary_table, write_reports
+from jq.compare.report.heatmap import colour, heatmaps, legends
 from jq.compare.report.svg import Line, Point, lines, log_ticks, scatter, ticks
 from jq.compare.report.tables import length_table, position_table, speed_table, task_table
 from tests.jq.compare.made_up import EDGES, base_nll, comparison, done, failed
@@ -181,7 +182,7 @@ def svgs(text):
 def test_plots_are_whole_and_show_every_arm(folder):
     text = (folder / "report.html").read_text()
     found = svgs(text)
-    # Size, divergence, speed at two batch sizes, length, position; the scale and three maps.
+    # Size, divergence, speed at two batch sizes, length, position; a scale and three maps.
     assert len(found) == 6 + 1 + 3
     for plot in found[:6]:
         labels = {t.text for t in plot.iter("{http://www.w3.org/2000/svg}text")}
@@ -235,6 +236,25 @@ def test_ticks_are_round_and_within():
     assert log_ticks(0.3, 12.0) == pytest.approx([0.5, 1, 2, 5, 10])
 
 
+def test_errors_of_weights_and_of_outputs_have_scales_of_their_own():
+    arm = {"path": "layers_0/mlp/up_proj", "rtn_output_error": None, "warnings": []}
+    seen = [{**arm, "weight_error": 0.5, "output_error": e} for e in (0.01, 0.02)]
+    blind = [{**arm, "weight_error": e, "output_error": None} for e in (0.1, 0.4)]
+    texts = ["".join(svg.itertext()) for svg in svgs("".join(legends({"a": seen, "b": blind})))]
+    assert texts == ["0.010.02, outputs (log scale)", "0.10.4, weights (log scale)"]
+    for name, _, svg in heatmaps({"a": seen, "b": blind}):
+        assert colour(0.0) in svg, name
+        assert colour(1.0) in svg, name
+    assert legends({"a": []}) == []
+    assert heatmaps({"a": []}) == []
+
+
+def test_unfair_pairs_stand_beside_the_decision(folder):
+    for name, later in (("report.html", "<h2>Failed"), ("report.md", "## Failed")):
+        text = (folder / name).read_text()
+        assert 0 < text.index("Unfair pair") < text.index(later), name
+
+
 def test_reports_of_few_numbers_are_written(tmp_path):
     bare = comparison(failed("it broke"), rtn=done(speed=None, made=None))
     write_reports(tmp_path, bare, decide(bare, BUDGET), BUDGET)
@@ -263,21 +283,22 @@ def test_a_browser_draws_the_page(folder, tmp_path):
             ".getEntriesByType('resource').length})</script></body>",
         )
     )
-    call = [BROWSER, *flags, "--window-size=1300,900"]
-    dom = subprocess.run(
-        [*call, "--dump-dom", probe.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    ).stdout
-    title = re.search(r"<title>(.*?)</title>", dom, re.S)
-    assert title is not None
-    told = json.loads(title.group(1))
-    assert len(told["svg"]) == 10
-    assert all(inner > 40 and outer > 40 for inner, outer in told["svg"])
-    assert told["wide"] <= 0  # nothing sticks out to the side
-    assert told["errors"] == 0  # nothing was loaded
+    for width in (1300, 500):
+        call = [BROWSER, *flags, f"--window-size={width},900"]
+        dom = subprocess.run(
+            [*call, "--dump-dom", probe.as_uri()],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        ).stdout
+        title = re.search(r"<title>(.*?)</title>", dom, re.S)
+        assert title is not None
+        told = json.loads(title.group(1))
+        assert len(told["svg"]) == 10
+        assert all(inner > 40 and outer > 40 for inner, outer in told["svg"])
+        assert told["wide"] <= 0  # nothing sticks out to the side
+        assert told["errors"] == 0  # nothing was loaded
     shot = tmp_path / "shot.png"
     subprocess.run(
         [*call, f"--screenshot={shot}", page], capture_output=True, timeout=120, check=True
