@@ -9,7 +9,9 @@ prints the summary.  --resume takes over what an earlier run has done, so that a
 on where the first ended. Needs jax, flax and numpy, and no install of the package.
 
 Every section runs in processes of its own; what fails, hangs or crashes is written down with its
-traceback, and the rest goes on.  Without a Hopper GPU it compiles what it can, and says so.
+traceback, and the rest goes on.  Ampere and Ada have no tables of tile sizes to fill, and Ampere no
+float8: what is for those is skipped.  Without a GPU that has kernels it compiles for Hopper what it
+can, and says so.
 """
 
 from __future__ import annotations
@@ -47,10 +49,15 @@ BUDGET_S = 570
 def learn(name: str, found: Mapping[str, Any], facts: dict[str, Any]) -> None:
     """What later sections, and the summary, need to know of a section's results."""
     if name == "environment":
+        from scripts.gpu import family
+
         device = found.get("device", {})
         facts["device"] = device.get("kind")
         cuda = device.get("platform") in ("gpu", "cuda")
-        facts["gpu"] = cuda and device.get("capability") == "9.0"
+        capability = family.parse(device.get("capability")) if cuda else None
+        facts["gpu"] = capability in family.SERVED
+        if facts["gpu"]:
+            facts["hopper"] = capability == family.HOPPER
         facts["timer"] = "cupti" if found.get("cupti", {}).get("works") else "wall"
     elif name == "ceilings":
         for key, field, fact in (
@@ -80,7 +87,9 @@ def unwanted(section: Section, facts: Mapping[str, Any]) -> str | None:
     if section.name == "compile" and facts.get("gpu"):
         return "there is a GPU: everything above was compiled and run"
     if section.needs_gpu and not facts.get("gpu"):
-        return "no GPU of compute capability 9.0"
+        return "no GPU of compute capability 8.0, 8.6, 8.9 or 9.0"
+    if section.name in ("tune", "tune8", "refine") and not facts.get("hopper"):
+        return "the tables of tile sizes are for compute capability 9.0"
     if section.name == "marlin" and not facts.get("marlin"):
         return "no source of Marlin given (--marlin)"
     return None

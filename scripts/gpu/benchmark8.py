@@ -7,7 +7,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from scripts.gpu import benchmark, products, products8, timing
+from scripts.gpu import benchmark, family, products, products8, timing
 from scripts.gpu.ahead import Ahead
 from scripts.gpu.benchmark import FIRST_ROWS, HEADLINE
 from scripts.gpu.problems import ROWS, SHAPES, Problem, of_item, to_item
@@ -40,11 +40,12 @@ def items(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
     listed += [("scaled_matmul", p) for p in blocks if p.m in _SCALED_ROWS][: len(first)]
     listed += [("kernel", p) for p in blocks]
     known = facts.get("bf16_us", {})
-    return [
+    wanted = [
         _item(method, p)
         for method, p in dict.fromkeys(listed)
         if method != "bf16" or f"{p.k}x{p.n} m{p.m}" not in known
     ]
+    return family.possible(wanted)
 
 
 def _item(method: str, p: Any) -> dict[str, Any]:

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from jq.pallas_kernels import tuning
+from jq.pallas_kernels.ampere.config import W4Config
 from jq.pallas_kernels.compat import CORES
 from jq.pallas_kernels.config import SHARED_MEMORY, DecodeConfig, PrefillConfig
+from scripts.gpu import family
 from scripts.gpu.problems import Problem, config_json, config_of
 
 __all__ = ["ODD_SIZES", "config_json", "config_of", "decode_configs", "every_config", "refinements"]
@@ -125,9 +127,12 @@ def configs(p: Problem) -> list[DecodeConfig | PrefillConfig]:
     return list(dict.fromkeys([choice, *few, *many]))
 
 
-def every_config() -> Iterator[tuple[Problem, DecodeConfig | PrefillConfig]]:
+def every_config() -> Iterator[tuple[Problem, DecodeConfig | PrefillConfig | W4Config]]:
     """A problem for all that may be chosen, and every value of every field: two formats, and sizes
-    that leave remainders."""
+    that leave remainders.  Of the kernels of the GPU at hand."""
+    if family.ampere():
+        yield from family.int4_configs()
+        return
     fields = [{"block_m": b} for b in (8, 16, 32, 64, 128)]
     fields += [{"split": s} for s in (2, 4, 8)]
     fields += [{"warpgroups": w, "tiles": t} for w, t in ((1, 1), (3, 1), (1, 2), (2, 2))]

@@ -8,8 +8,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jq.pallas_kernels import tuning8
+from jq.pallas_kernels.ampere.config import W8Config
 from jq.pallas_kernels.config import SHARED_MEMORY
 from jq.pallas_kernels.config8 import Config8, Decode8Config, Prefill8Config
+from scripts.gpu import family
 from scripts.gpu.candidates import block_m, deepest, fits
 from scripts.gpu.problems8 import FP8, Problem8
 
@@ -67,9 +69,12 @@ def _most_promising(p: Problem8, found: Sequence[Config8]) -> list[Config8]:
     return sorted(found, key=lambda c: tuning8.estimate(c, p.m, p.k, p.n))[:MOST]
 
 
-def every_config() -> Iterator[tuple[Problem8, Config8]]:
+def every_config() -> Iterator[tuple[Problem8, Config8 | W8Config]]:
     """A problem for all that may be chosen, and every value of every field: three formats, and
-    sizes that leave remainders."""
+    sizes that leave remainders.  Of the kernels of the GPU at hand."""
+    if family.ampere():
+        yield from family.eight_bit_configs()
+        return
     few: list[dict[str, Any]] = [{"block_m": b} for b in (8, 16, 32, 64)]
     few += [{"split": s} for s in (2, 4, 8)]
     few += [{"warpgroups": w} for w in (1, 3)] + [{"warpgroups": 4, "slices": 1}]

@@ -16,7 +16,7 @@ import numpy as np
 
 from jq.pallas_kernels.w4a16 import w4a16
 from jq.pallas_kernels.weight import w4_weight
-from scripts.gpu import candidates, library
+from scripts.gpu import candidates, family, library
 from scripts.gpu.problems import (
     HostProblem,
     Problem,
@@ -76,7 +76,7 @@ def compare(problem: Problem, host: HostProblem, config: Any, **options: Any) ->
 
     def product(poison, x, weight):
         del poison  # its buffer becomes the result's
-        return w4a16(x, weight, config=config, **options)
+        return w4a16(x, weight, config=config, compute_capability=family.here(), **options)
 
     program = jax.jit(product, donate_argnums=0, keep_unused=True)
     runs = []

@@ -13,7 +13,7 @@ import numpy as np
 from jq.pallas_kernels.quantize_rows import quantize_rows, quantize_rows_reference
 from jq.pallas_kernels.w8a8 import w8a8
 from jq.pallas_kernels.weight8 import w8_weight
-from scripts.gpu import candidates8
+from scripts.gpu import candidates8, family
 from scripts.gpu.correctness import RUNS, compared
 from scripts.gpu.problems import rounded, seed
 from scripts.gpu.problems8 import (
@@ -60,7 +60,7 @@ def items(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
         to_item8(p, f"{config.name} ", config=config_json8(config))
         for p, config in candidates8.every_config()
     ]
-    return [*listed[:first], *_quantizations(), *listed[first:], *tried]
+    return family.possible([*listed[:first], *_quantizations(), *listed[first:], *tried])
 
 
 def _quantizations() -> list[dict[str, Any]]:
@@ -87,7 +87,8 @@ def compare8(problem: Problem8, host: HostProblem8, config: Any) -> dict[str, An
 
     def product(poison, x, x_scale, weight, bias):
         del poison  # its buffer becomes the result's
-        return w8a8(x, x_scale, weight, bias=bias, out_dtype=problem.out, config=config)
+        options = {"config": config, "compute_capability": family.here()}
+        return w8a8(x, x_scale, weight, bias=bias, out_dtype=problem.out, **options)
 
     program = jax.jit(product, donate_argnums=0, keep_unused=True)
     runs = []

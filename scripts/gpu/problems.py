@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jq.pallas_kernels.config import DecodeConfig, PrefillConfig
+from jq.pallas_kernels.ampere.config import W4Config
+from jq.pallas_kernels.config import Config, DecodeConfig, PrefillConfig
 from jq.pallas_kernels.weight import W4Weight, w4_weight
 
 # [K, N] of Llama-3's linears (q, k, v together; gate and up together): 8B, then 70B.
@@ -87,18 +88,21 @@ def seed(text: str) -> int:
 # Configs in JSON
 
 
-def config_json(config: DecodeConfig | PrefillConfig) -> dict[str, Any]:
+KINDS = {"decode": DecodeConfig, "prefill": PrefillConfig, "ampere": W4Config}
+
+
+def config_json(config: Config | W4Config) -> dict[str, Any]:
     """A config as JSON, and back with `config_of`."""
-    kind = "decode" if isinstance(config, DecodeConfig) else "prefill"
+    kind = next(name for name, kind in KINDS.items() if isinstance(config, kind))
     return {"kind": kind, **dataclasses.asdict(config)}
 
 
-def config_of(value: dict[str, Any] | None) -> DecodeConfig | PrefillConfig | None:
+def config_of(value: dict[str, Any] | None) -> Any:
     """The config that `config_json` wrote down; None stays None."""
     if value is None:
         return None
     fields = {name: field for name, field in value.items() if name != "kind"}
-    return (DecodeConfig if value["kind"] == "decode" else PrefillConfig)(**fields)
+    return KINDS[value["kind"]](**fields)
 
 
 # On the host, to compare with

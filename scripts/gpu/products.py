@@ -13,6 +13,7 @@ from jq.matmul import qmatmul
 from jq.pallas_kernels.w4a16 import w4a16
 from jq.qtensor import from_codes
 from jq.spec import QuantSpec
+from scripts.gpu import family
 from scripts.gpu.problems import Problem, device_weight, random_parts, seed
 
 # More than three times the 50 or 60 MB of the caches; a product that moves much more needs no
@@ -72,7 +73,7 @@ def product(method: str, config: Any = None) -> Callable[[jax.Array, Any], jax.A
     if method != "w4":
         return qmatmul
     # A function of its own in the program, so that it is lowered once for all weights.
-    return jax.jit(functools.partial(w4a16, config=config))
+    return jax.jit(functools.partial(w4a16, config=config, compute_capability=family.here()))
 
 
 def build(p: Problem, method: str, config: Any = None) -> Any:

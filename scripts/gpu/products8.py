@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jq.pallas_kernels.quantize_rows import quantize_rows
 from jq.pallas_kernels.w8a8 import w8a8, w8a8_reference
 from jq.pallas_kernels.weight8 import BLOCK, W8Weight
-from scripts.gpu import products
+from scripts.gpu import family, products
 from scripts.gpu.problems8 import Problem8, device_problem8
 
 METHODS = ("kernel", "xla", "scaled_matmul", "rows", "whole")
@@ -54,7 +54,9 @@ def product(p: Problem8, method: str, config: Any = None) -> Callable[..., Any]:
     group = BLOCK if p.block else None
     dtype: Any = p.dtype
     quantize = functools.partial(quantize_rows, dtype=dtype, group=group)
-    multiply = functools.partial(w8a8, out_dtype=p.out, config=config)
+    multiply = functools.partial(
+        w8a8, out_dtype=p.out, config=config, compute_capability=family.here()
+    )
 
     def kernel(x, x_scale, w):
         return multiply(x, x_scale, w)

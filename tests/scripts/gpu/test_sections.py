@@ -45,7 +45,7 @@ def xla(monkeypatch):
     """The reference in the kernel's place."""
     from jq.pallas_kernels.w4a16 import w4a16_reference
 
-    def product(x, w, *, config=None, interpret=False):
+    def product(x, w, *, config=None, interpret=False, compute_capability=(9, 0)):
         return w4a16_reference(x, w)
 
     monkeypatch.setattr(correctness, "w4a16", product)
@@ -157,7 +157,7 @@ def test_wrong_results_do_not(xla, monkeypatch):
     assert verdict(biased)["error"] > 3e-3
     assert verdict(one_element, run=3)["varying"] == 1
     monkeypatch.setattr(
-        correctness, "w4a16", lambda x, w, *, config: jnp.where(x[:, :1] > 0, xla(x, w), jnp.nan)
+        correctness, "w4a16", lambda x, w, **_: jnp.where(x[:, :1] > 0, xla(x, w), jnp.nan)
     )
     assert correctness.compare(TINY, host, None)["unwritten"] > 0
 
@@ -292,14 +292,28 @@ def small():
     )
 
 
-@pytest.mark.parametrize("kind", ["dequantize", "bf16"])
+@pytest.mark.parametrize("kind", ["dequantize", "bf16", "int8"])
 def test_decoding_is_timed(small, kind, monkeypatch):
     monkeypatch.setattr(decode, "CAPACITY", 32)
+    if kind == "int8":  # prepared for another device, it runs on the reference here
+        monkeypatch.setattr(decode, "prepare", lambda value: prepare(value, "sm_90"))
     params = decode.parameters(small, kind)
     model = decode.Decoder(small, dtype=jnp.float32)
     told = decode.loop(model, params, 2, steps=3)
     assert told["finite"]
     assert told["tokens_per_s"] == pytest.approx(2e3 / told["step_ms"])
+    assert told["peak_bytes"] > sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    json.dumps(told)
+
+
+def test_steps_and_prompts_are_timed(small, monkeypatch):
+    monkeypatch.setattr(decode, "CAPACITY", 32)
+    params = decode.parameters(small, "bf16")
+    model = decode.Decoder(small, dtype=jnp.float32)
+    told = decode.by_steps(model, params, 2, steps=20)
+    assert 0 < told["p50_ms"] <= told["p95_ms"]
+    told = decode.prefill(model, params, 2, length=8)
+    assert told["tokens_per_s"] == pytest.approx(16e3 / told["step_ms"])
     json.dumps(told)
 
 

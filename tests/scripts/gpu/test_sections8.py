@@ -36,7 +36,7 @@ pytestmark = pytest.mark.loose_promotion  # on the GPU machine they run under JA
 def xla(monkeypatch):
     """The references in the kernels' place."""
 
-    def product(x, x_scale, w, *, bias=None, out_dtype=jnp.bfloat16, config=None):
+    def product(x, x_scale, w, *, bias=None, out_dtype=jnp.bfloat16, config=None, **_):
         return w8a8.w8a8_reference(x, x_scale, w, bias=bias, out_dtype=out_dtype)
 
     for module in (correctness8, products8):

@@ -151,6 +151,7 @@ def test_what_is_learned_of_the_machine():
     assert facts == {
         "device": "NVIDIA H200",
         "gpu": True,
+        "hopper": True,
         "timer": "cupti",
         "copy_gbs": 4000.0,
         "launch_us": 2.0,
@@ -160,8 +161,12 @@ def test_what_is_learned_of_the_machine():
     assert "Marlin" in str(unwanted(by_name["marlin"], facts))
     assert unwanted(by_name["compile"], facts)
     other = {}
-    learn("environment", {"device": {**device, "capability": "8.0"}}, other)
+    learn("environment", {"device": {**device, "capability": "7.5"}}, other)
     assert (other["gpu"], other["timer"]) == (False, "wall")
     assert unwanted(by_name["tune"], other)
     assert unwanted(by_name["compile"], other) is None
     assert unwanted(by_name["environment"], other) is None
+    ada = {}
+    learn("environment", {"device": {**device, "capability": "8.9"}}, ada)
+    assert unwanted(by_name["correctness8"], ada) is None
+    assert "tile sizes are for compute capability 9.0" in str(unwanted(by_name["tune8"], ada))
