@@ -87,13 +87,8 @@ def arithmetic(run: Run, block: Block) -> Arithmetic:
 
 
 def _statistics(run: Run, block: Block, group: Group) -> Arithmetic:
-    times = int(block.looks_twice) + int(group.learns and not _unsequential(block))
+    times = int(block.looks_twice) + int(group.learns and block.sequential)
     return Arithmetic(products=2.0 * _TRIANGLE * times * group.k**2 * run.tokens)
-
-
-def _unsequential(block: Block) -> bool:
-    roundings = [rounding_of(rule.method) for g in block.groups for rule in g.sides]
-    return any(isinstance(r, GPTQ) and not r.true_sequential for r in roundings)
 
 
 def _rounding(group: Group) -> Arithmetic:

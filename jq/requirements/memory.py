@@ -11,6 +11,9 @@ assignment has of them (the tests compare).  For linears [K, N] rounded side by 
 
 beside the block's weights, as they are stored and in float32, and the hidden states: a block's
 input stays, while input and output of one stage after the other come and go.
+
+Of several devices each has its part of weights, hidden states and N, and all of K^2; a stage
+gathers the weights that it multiplies with.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from jq.spec import QuantSpec
 
 WIDE = 4  # bytes of a float32
 _STATISTICS, _FACTOR, _SOLVE_GRAMS = 2.5, 6.25, 3.0  # of K^2
+_SUMMED = 3.25  # of K^2: the sums, their panels before and after the exchange, and the result
 _SOLVE, _ROUND = 10.2, 5.2  # of KN
 
 WEIGHTS, STATES = "weights of a block", "hidden states"
@@ -133,7 +137,7 @@ def stream_widths(run: Run, block: Block) -> list[int]:
 def device_parts(run: Run, block: Block) -> dict[str, int]:
     """What takes the device's memory at the largest moment of a block."""
     weights = block.parameters * (WIDE + run.stored_bytes)
-    held = {WEIGHTS: weights + quantized_bytes(block, run.stored_bytes)}
+    held = {WEIGHTS: (weights + quantized_bytes(block, run.stored_bytes)) // run.devices}
     kept = sum(g.k**2 * WIDE for g in block.groups) if block.looks_twice else 0
     moments = [held]
     for index in range(len(block.groups) + 1):
@@ -143,12 +147,13 @@ def device_parts(run: Run, block: Block) -> dict[str, int]:
             break
         group = block.groups[index]
         # While a group is rounded there is no stage's input beside its output.
-        resting = run.tokens * (group.k + 2 * run.hidden) * run.compute_bytes
+        resting = run.own_tokens * (group.k + 2 * run.hidden) * run.compute_bytes
         states = {STATES: resting} if run.calibrates and not run.offload else {}
         if group.uses_hessian:
             moments.append(held | states | {HESSIAN: round(_FACTOR * group.k**2 * WIDE) + kept})
         for rule, n in group.sides.items():
-            moments.append(held | states | _round_parts(group, n, rule, kept))
+            own = -(-n // run.devices)
+            moments.append(held | states | _round_parts(group, own, rule, kept))
     return _largest(moments)
 
 
@@ -160,15 +165,16 @@ def _stage_parts(run: Run, block: Block, index: int, kept: int) -> dict[str, int
         some = min(run.batch_size, run.samples) * run.seq_len
         states = 2 * some * (width - run.hidden) * run.compute_bytes
     else:
-        states = run.tokens * width * run.compute_bytes
+        states = run.own_tokens * width * run.compute_bytes
     widest = max(group.k for group in groups[max(index - 1, 0) : index + 1])
     temporary = 4 * run.seq_len * widest * WIDE
     if index == 1:
         temporary = max(temporary, run.heads * run.seq_len**2 * WIDE)
-    if index > 0 and run.compute_bytes != WIDE:
+    if index > 0 and (run.compute_bytes != WIDE or run.devices > 1):
         temporary += groups[index - 1].weights * run.compute_bytes
     if index < len(groups) and (groups[index].learns or block.looks_twice):
-        temporary += round(_STATISTICS * groups[index].k ** 2 * WIDE)
+        summed = _STATISTICS if run.devices == 1 else max(_STATISTICS, _SUMMED)
+        temporary += round(summed * groups[index].k ** 2 * WIDE)
     return {STATES: states, STATISTICS: temporary + kept}
 
 

@@ -26,6 +26,7 @@ def run_of_checkpoint(
     batch_size: int = 1,
     offload: bool = False,
     target: str = "orbax",
+    devices: int = 1,
 ) -> Run:
     """The run that `jq.pipeline.quantize_checkpoint` would make of these arguments.
 
@@ -34,6 +35,7 @@ def run_of_checkpoint(
       recipe: see `jq.recipe`.
       tokens: (samples, length) of the calibration set; None where nothing is calibrated.
       batch_size, offload, target: of `quantize_checkpoint`.
+      devices: of its mesh, those that share the work.
     """
     config, table = source.config, weight_table(source.config)
     model = Decoder(config)
@@ -52,6 +54,7 @@ def run_of_checkpoint(
         batch_size=batch_size,
         offload=offload,
         copies=1 if target == "orbax" else 2,
+        devices=devices,
     )
 
 

@@ -74,9 +74,13 @@ class Block:
     @property
     def looks_twice(self) -> bool:
         """Whether statistics of the block's own weights come before any weight is rounded."""
+        return not self.sequential or any(group.scaling is not None for group in self.groups)
+
+    @property
+    def sequential(self) -> bool:
+        """Whether linears see inputs that their rounded predecessors in the block have made."""
         roundings = [rounding_of(rule.method) for g in self.groups for rule in g.sides]
-        sequential = all(r.true_sequential for r in roundings if isinstance(r, GPTQ))
-        return not sequential or any(group.scaling is not None for group in self.groups)
+        return all(r.true_sequential for r in roundings if isinstance(r, GPTQ))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +95,7 @@ class Run:
     samples, seq_len: of the calibration set; 0 where nothing is calibrated.
     batch_size, offload: see `jq.calib.driver.quantize_blocks`.
     copies: of the finished blocks on disk at the end: 1 where the output links to the journal's.
+    devices: that share the work (see `jq.data_mesh`).
     """
 
     blocks: tuple[tuple[Block, int], ...]
@@ -104,6 +109,7 @@ class Run:
     batch_size: int = 1
     offload: bool = False
     copies: int = 1
+    devices: int = 1
 
     @property
     def calibrates(self) -> bool:
@@ -114,6 +120,11 @@ class Run:
     def tokens(self) -> int:
         """Of the calibration set."""
         return self.samples * self.seq_len
+
+    @property
+    def own_tokens(self) -> int:
+        """Of the calibration set, those on one device."""
+        return -(-self.samples // self.devices) * self.seq_len
 
 
 def run_of(
@@ -130,6 +141,7 @@ def run_of(
     batch_size: int = 1,
     offload: bool = False,
     copies: int = 1,
+    devices: int = 1,
 ) -> Run:
     """A run on a model of `jq.blockwise`.
 
@@ -138,7 +150,7 @@ def run_of(
       shapes: path of every parameter ("layers_0/mlp/up_proj/kernel") -> its shape.
       recipe: see `jq.recipe`.
       tokens: (samples, length) of the calibration set, None without one.
-      hidden, heads, stored_bytes, compute_bytes, batch_size, offload, copies: see `Run`.
+      hidden, heads, stored_bytes, compute_bytes, batch_size, offload, copies, devices: see `Run`.
     Raises: SpecError when the recipe gives linears that share an input different scales.
     """
     by_block: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -166,6 +178,7 @@ def run_of(
         batch_size=batch_size,
         offload=offload,
         copies=copies,
+        devices=devices,
     )
 
 
