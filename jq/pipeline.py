@@ -29,7 +29,7 @@ from jq.calib.report import BlockReport, LinearReport, ProgressCallback
 from jq.calib.tokens import CalibrationData
 from jq.checkpoint import CheckpointWriter, files, is_checkpoint
 from jq.checkpoint.manifest import library_versions
-from jq.data_mesh import mesh_fact
+from jq.data_mesh import checked_mesh, mesh_fact
 from jq.distributed import Team, all_devices
 from jq.errors import CalibrationError, CheckpointError, NonFiniteError, OutputError
 from jq.formats.export import ExportWriter
@@ -176,7 +176,13 @@ def _quantize_checkpoint(
     calibration = _fitting(calibration, recipe, source.config)
     if not unchecked:
         tokens = None if calibration is None else calibration.tokens.shape
-        memory = {"batch_size": batch_size, "offload": offload, "target": target}
+        devices = checked_mesh(mesh, axis)
+        memory: dict[str, Any] = {
+            "batch_size": batch_size,
+            "offload": offload,
+            "target": target,
+            "devices": 1 if devices is None else devices.size,
+        }
         check_resources(run_of_checkpoint(source, recipe, tokens, **memory), out)
     facts = {
         "model": Path(model_path).resolve().name,

@@ -90,7 +90,7 @@ def _run(args: Any, base: Method) -> int:
     source = check_run(folder, args.out, recipe, overwrite=args.overwrite, **target)
     calibration = _calibration(source, recipe, calibration_config, args)
     if args.dry_run:
-        return _dry_run(source, recipe, calibration, calibration_config, args)
+        return _dry_run(source, recipe, calibration, calibration_config, args, mesh)
     with Meter("quantize") as meter, _told_how_to_go_on(args.out):
         report = quantize_checkpoint(
             folder,
@@ -123,6 +123,7 @@ def _dry_run(
     calibration: CalibrationData | None,
     config: CalibrationConfig,
     args: Any,
+    mesh: Any,
 ) -> int:
     """Say what the run would need; what cannot fit is refused as the run itself would be."""
     from jq.cli import dry_run
@@ -135,6 +136,7 @@ def _dry_run(
         batch_size=config.batch_size,
         offload=config.offload,
         target=args.format,
+        devices=1 if mesh is None else mesh.size,
     )
     rates = dry_run.measure_rates(run.compute_bytes)
     dry_run.show(run, args.out, rates)
