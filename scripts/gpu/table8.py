@@ -13,6 +13,8 @@ from scripts.gpu.problems8 import Problem8
 # time that quantizing its activations may take.
 LARGE_BYTES, LARGEST = 58e6, 4096 * 28672
 SPEEDUP_4096, FP8_TFLOPS, COPY_FRACTION, QUANTIZE_SHARE = 1.6, 1350.0, 0.80, 0.10
+# Of a whole model's tokens per second with one sequence, over bfloat16's.
+MODEL_SPEEDUPS = {"w4": 2.8, "int8": 1.6, "fp8": 1.6}
 
 
 def rows(data: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -117,6 +119,16 @@ def goals(table: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> list[d
     if results or errors:
         right = sum(r["ok"] for r in results.values()) / (len(results) + len(errors))
         found.append(goal("correct 8-bit variants", "everywhere", 1.0, right))
+    return [*found, *_goals_of_models(data["sections"].get("decode", {}).get("results", {}))]
+
+
+def _goals_of_models(decoded: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rates = {kind: decoded.get(f"{kind} loop batch 1", {}) for kind in (*MODEL_SPEEDUPS, "bf16")}
+    found = []
+    for kind, needed in MODEL_SPEEDUPS.items():
+        got = ratio(rates[kind].get("tokens_per_s"), rates["bf16"].get("tokens_per_s"))
+        if decoded:
+            found.append(goal("a model's speedup over bf16", f"{kind} batch 1", needed, got))
     return found
 
 

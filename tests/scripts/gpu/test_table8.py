@@ -86,6 +86,19 @@ def test_goals():
     assert len(told) == 6
 
 
+def test_goals_of_whole_models():
+    results = {
+        "w4 loop batch 1": {"step_ms": 3.0, "tokens_per_s": 330.0},
+        "bf16 loop batch 1": {"step_ms": 8.0, "tokens_per_s": 110.0},
+        "int8 loop batch 1": {"step_ms": 6.0, "tokens_per_s": 165.0},
+    }
+    data = {"facts": {}, "sections": {"decode": {"results": results}}}
+    told = {g["place"]: (g["got"], g["met"]) for g in table8.goals([], data)}
+    assert told["w4 batch 1"] == (3.0, True)
+    assert told["int8 batch 1"] == (1.5, False)
+    assert told["fp8 batch 1"] == (None, None)
+
+
 def test_the_text_has_both_tables():
     text = table.text(DATA)
     assert "WRONG q" in text
