@@ -40,7 +40,7 @@ from jq.journal import Journal, device_facts
 from jq.models import Decoder, HFCheckpoint, ModelConfig
 from jq.models.hf_names import weight_table
 from jq.models.hf_weights import place_on_host
-from jq.preflight import check_recipe
+from jq.preflight import check_gpu, check_recipe
 from jq.recipe import Method, Recipe, needs_calibration
 from jq.requirements.of_checkpoint import check_resources, run_of_checkpoint
 
@@ -93,6 +93,8 @@ def quantize_checkpoint(
     target: Literal["orbax"] | ExportFormat = "orbax",
     options: FormatOptions | None = None,
     shard_bytes: int = SHARD_BYTES,
+    target_gpu: str | None = None,
+    allow_reference: bool = False,
 ) -> RunReport:
     """Quantize a Hugging Face model folder into a jaxq checkpoint, or for another tool.
 
@@ -119,12 +121,17 @@ def quantize_checkpoint(
       target: "orbax" makes a jaxq checkpoint; "gptq", "awq" and "compressed-tensors" make folders
         that other tools read as well.
       options, shard_bytes: of those folders, see `jq.formats.plan` and `jq.formats.shards`.
+      target_gpu: the GPU that will run the model ("a100"); what it lacks is refused. None: this
+        process's GPU for jaxq checkpoints, if it has one.
+      allow_reference: refuse nothing on its account: what it has no kernels for, XLA multiplies.
     Returns: a report, which also stands in the checkpoint.
     Raises: before anything is computed, what `check_run` raises, and CalibrationError for missing
       or unfit calibration data, ResourceError where memory is too small, and OutputError where
       the disk is, or another run is unfinished; later NonFiniteError, and OutputError when the
       disk refuses.
     """
+    local = target == "orbax"
+    check_gpu(recipe, target_gpu, local=local, allow_reference=allow_reference)
     with Team() as team:
         return _quantize_checkpoint(
             team,

@@ -6,7 +6,9 @@ import re
 from collections.abc import Iterable, Mapping
 
 from jq.errors import SpecError
+from jq.kernels.choice import capability_of
 from jq.recipe import Recipe, resolve
+from jq.support import check_target, find_capability
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -23,6 +25,27 @@ def check_recipe(recipe: Recipe, linears: Shapes, others: Iterable[str] = ()) ->
     """
     check_rules(recipe, linears, others)
     check_group_sizes(recipe, linears)
+
+
+def check_gpu(
+    recipe: Recipe, gpu: str | None, *, local: bool = True, allow_reference: bool = False
+) -> None:
+    """Refuse formats that the GPU which will run them lacks (see `jq.support`).
+
+    Args:
+      recipe: see `jq.recipe`.
+      gpu: "a100" or "sm_80"; None: the one of this process, where there is one.
+      local: whether that one counts; it does not for folders that other tools read.
+      allow_reference: refuse nothing.
+    Raises: SpecError naming the alternatives, and for a GPU that is unknown.
+    """
+    if gpu is None:
+        capability, name = capability_of(None) if local else (None, "")
+    else:
+        capability, name = find_capability(gpu)
+    if capability is not None:
+        specs = [rule.spec for rule in recipe if rule.spec is not None]
+        check_target(specs, capability, name, allow_reference=allow_reference)
 
 
 def check_rules(

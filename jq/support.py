@@ -66,6 +66,13 @@ class Row:
     names: tuple[str, ...]
 
     @property
+    def label(self) -> str:
+        """ "Hopper, sm_90 (h100, h200)"."""
+        if self.capability is None:
+            return self.family
+        return f"{self.family}, sm_{_digits(self.capability)} ({', '.join(self.names)})"
+
+    @property
     def cells(self) -> dict[Product, Support]:
         return {product: support(self.capability, product) for product in PRODUCTS}
 
@@ -125,14 +132,14 @@ def check_target(
         found = support(capability, product)
         if product in wanted and found.verdict == "refused":
             raise SpecError(
-                f"{name} (sm_{capability[0]}{capability[1]}) does not serve "
+                f"{name} (sm_{_digits(capability)}) does not serve "
                 f"{PRODUCTS[product]}: {found.reason}; {_alternatives(capability, product)}"
             )
 
 
 def _alternatives(capability: Capability, product: Product) -> str:
     here = [_METHODS[other] for other in PRODUCTS if support(capability, other).verdict == "kernel"]
-    elsewhere = [f"sm_{major}{minor}" for major, minor in KERNELS[product]]
+    elsewhere = [f"sm_{_digits(each)}" for each in KERNELS[product]]
     ways = [f"choose {' or '.join(here)}"] if here else []
     if elsewhere:
         ways.append(f"choose a GPU of {', '.join(elsewhere)}")
@@ -143,7 +150,7 @@ def _alternatives(capability: Capability, product: Product) -> str:
     return "; ".join(ways)
 
 
-def capability_of(target: str) -> tuple[Capability, str]:
+def find_capability(target: str) -> tuple[Capability, str]:
     """Compute capability and name of "a100", "sm_80" or "8.0".
 
     Raises: SpecError for what is none of these.
@@ -160,12 +167,13 @@ def spell(capability: Capability) -> str:
     return ".".join(map(str, capability))
 
 
+def _digits(capability: Capability) -> str:
+    return "".join(map(str, capability))
+
+
 def markdown() -> str:
     """The matrix as the README has it."""
     lines = ["| GPUs | " + " | ".join(PRODUCTS.values()) + " |", "| --- " * 5 + "|"]
     for row in rows():
-        what = row.family
-        if row.capability is not None:
-            what += f", sm_{row.capability[0]}{row.capability[1]} ({', '.join(row.names)})"
-        lines.append(f"| {what} | " + " | ".join(c.verdict for c in row.cells.values()) + " |")
+        lines.append(f"| {row.label} | " + " | ".join(c.verdict for c in row.cells.values()) + " |")
     return "\n".join(lines)

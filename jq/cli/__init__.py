@@ -20,6 +20,7 @@ COMMANDS = {
     "inspect": "list a checkpoint's tensors, their sizes and errors",
     "methods": "list the methods that quantize knows",
     "bench": "time prefill, decode and each linear, against what the device can do",
+    "doctor": "say what this machine's devices run, and try it",
     "advise": "say which method suits a model, a GPU and a goal, and what fits",
 }
 

@@ -66,6 +66,7 @@ def run(arguments: Sequence[str]) -> int:
 def _run(args: Any, base: Method) -> int:
     from jq.data_mesh import data_mesh
     from jq.pipeline import check_run, quantize_checkpoint  # what --help need not wait for
+    from jq.preflight import check_gpu
 
     spec, _ = preset(
         args.numbers.method,
@@ -87,6 +88,13 @@ def _run(args: Any, base: Method) -> int:
     folder = model_folder(args.model)
     target = {"target": args.format, "options": args.export.format_options()}
     shard_bytes = args.export.shard_bytes()
+    gpu = {"target_gpu": args.target_gpu, "allow_reference": args.allow_reference}
+    check_gpu(
+        recipe,
+        args.target_gpu,
+        local=args.format == "orbax",
+        allow_reference=args.allow_reference,
+    )
     source = check_run(folder, args.out, recipe, overwrite=args.overwrite, **target)
     calibration = _calibration(source, recipe, calibration_config, args)
     if args.dry_run:
@@ -107,6 +115,7 @@ def _run(args: Any, base: Method) -> int:
             meta={"model": DEMO_NAME} if made_of_demo(folder) else None,
             shard_bytes=shard_bytes,
             **target,
+            **gpu,
         )
     if report.resumed:
         note(f"{report.resumed} of {len(report.blocks)} blocks were finished by an earlier run")
@@ -186,6 +195,8 @@ def _parse(arguments: Sequence[str]) -> tuple[Any, Method]:
         ("dry_run", _switch("say what the run will need, and do nothing"), False),
         ("unchecked", _switch("start even where memory or disk seem too small"), False),
         ("devices", _devices(), None),
+        ("target_gpu", _target_gpu(), None),
+        ("allow_reference", _switch("quantize what that GPU has no kernels for"), False),
         ("numbers", Numbers, chosen),
         *rounding,
         ("options", Annotated[options, tyro.conf.arg(name=type(base).__name__)], options()),
@@ -208,6 +219,12 @@ def _switch(text: str) -> Any:
 def _format() -> Any:
     text = "what to write: a checkpoint of jaxq's own (orbax), or a folder that other tools read"
     return Annotated[Literal[FORMATS], tyro.conf.arg(help=text)]  # pyright: ignore
+
+
+def _target_gpu() -> Any:
+    text = "the GPU that will run the model, such as a100: what it lacks is refused; default: that "
+    text += "of this machine, if it has one"
+    return Annotated[str | None, tyro.conf.arg(metavar="GPU", help=text)]
 
 
 def _devices() -> Any:
