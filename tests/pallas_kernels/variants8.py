@@ -68,17 +68,21 @@ def _product(x, x_scale, w, bias, *, config, out_dtype):
 
 
 def _one_split(configs):
-    """Of equal blocks the one that shares its inputs with none: float8's loop is that of all."""
-    return [c for c in configs if isinstance(c, Prefill8Config) or c.split == 1]
+    """Of equal blocks those that share their inputs least: the loop is the same in all."""
+    found: dict[Config8, Config8] = {}
+    for config in configs:
+        decode = isinstance(config, Decode8Config)
+        found.setdefault(dataclasses.replace(config, split=1) if decode else config, config)
+    return list(found.values())
 
 
 _DEFAULT, _PREFILL = Decode8Config(), Prefill8Config(2, 128, stages=5)
-# Every Config that the heuristic may answer or the table holds, and every format at one Config of
-# each kernel.
+# Every Config that the heuristic may answer, but for the split, or the table holds, and every format
+# at one Config of each kernel.
 ALL = tuple(
     dict.fromkeys(
         (
-            *(Variant8(config) for config in tuning8.candidates("int8")),
+            *(Variant8(config) for config in _one_split(tuning8.candidates("int8"))),
             *(Variant8(config, FP8) for config in _one_split(tuning8.candidates(FP8))),
             *(Variant8(config, key.dtype) for key, config in tuning8.TABLE.items() if config),
             *(
@@ -89,6 +93,7 @@ ALL = tuple(
                 )
                 for dtype, block in (("int8", False), (FP8, False), (FP8, True))
             ),
+            *(Variant8(Decode8Config(16, stages=3, split=split)) for split in (2, 4, 8)),
             # The largest of each kernel, with all that it can hold.
             Variant8(Decode8Config(64, slices=1, stages=4, warpgroups=4), FP8, True, "float32"),
             Variant8(Decode8Config(64, slices=1, stages=4, split=4), FP8, True, "bfloat16"),
