@@ -77,8 +77,8 @@ def _one_split(configs):
 
 
 _DEFAULT, _PREFILL = Decode8Config(), Prefill8Config(2, 128, stages=5)
-# Every Config that the heuristic may answer, but for the split, or the table holds, and every format
-# at one Config of each kernel.
+# Every Config that the heuristic may answer, but for the split, or the table holds, and every
+# format at one Config of each kernel.
 ALL = tuple(
     dict.fromkeys(
         (
