@@ -44,7 +44,7 @@ def progress(step):
 report = quantize_checkpoint(
     model,
     out,
-    uniform(QuantSpec("int4", 16), RTN() if what == "export" else GPTQ()),
+    uniform(QuantSpec("int4", 16), RTN() if what in ("rtn", "export") else GPTQ()),
     calibrate(me if what == "differ" else 0),
     offload="offload" in out,
     mesh=all_devices() if what == "alone" else None,
@@ -126,3 +126,32 @@ def test_a_folder_for_other_tools(folder, tmp_path):
     run_processes(PROGRAM, 1, folder, str(tmp_path / "one"), "export")
     assert sorted(os.listdir(tmp_path)) == ["one", "two"]
     assert_same(api.load(tmp_path / "two")[1], api.load(tmp_path / "one")[1])
+
+
+ACROSS = """
+from pathlib import Path
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+import jq
+from jq.distributed import all_devices
+
+path = Path(sys.argv[3])
+model, params = jq.load(path, mesh=all_devices("model"))
+codes = params["layers_0"]["mlp"]["up_proj"]["kernel"].weight.codes
+assert not codes.is_fully_addressable
+tokens = np.arange(8, dtype=np.int32)[None]
+logits = jax.jit(lambda params: model.apply({"params": params}, tokens))(params)
+logits = multihost_utils.process_allgather(logits, tiled=True)
+one, whole = jq.load(path)
+np.testing.assert_allclose(logits, one.apply({"params": whole}, tokens), rtol=1e-5, atol=1e-5)
+jq.save(path.with_name("again"), model, params, config_files_from=path)
+"""
+
+
+def test_a_model_across_processes(folder, tmp_path):
+    """Loaded onto the devices of both, run there, and saved from there."""
+    run_processes(PROGRAM, 1, folder, str(tmp_path / "q"), "rtn")
+    run_processes(ACROSS, 2, str(tmp_path / "q"))
+    assert chunks(tmp_path / "again") == {2}
+    assert_same(load_params(tmp_path / "again"), load_params(tmp_path / "q"))
