@@ -22,18 +22,11 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import jax
-from jax.experimental import topologies
 
 from jq.pallas_kernels import quantize_rows_kernel as kernel
 from tests.pallas_kernels import sass
 
 FP8 = "float8_e4m3fn"
-TARGET = """
-gpu_device_info {{
-  threads_per_warp: 32 core_count: 132 device_memory_size: 85899345920
-  cuda_compute_capability {{ major: {} minor: {} {} }}
-}}
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,11 +86,10 @@ def variants(capability: str) -> tuple[Variant, ...]:
 
 def main(capability: str) -> None:
     sass.use_wheels_tools()
-    extension = "feature_extension: ACCELERATED_FEATURES" if capability == "9.0" else ""
-    target = TARGET.format(*capability.split("."), extension)
-    topology = topologies.get_topology_desc("", "cuda", target_config=target, topology="1x1x1")
+    major, minor = map(int, capability.split("."))
+    device = sass.compile_only_device((major, minor))
     for variant in variants(capability):
-        dumps = sass.compile_kernel(*variant.lowering(), topology.devices[0])
+        dumps = sass.compile_kernel(*variant.lowering(), device)
         log = dumps["ptxas"]
         frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", log)
         opcodes = sass.count(dumps["sass_ctrl"])

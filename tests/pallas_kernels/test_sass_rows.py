@@ -8,7 +8,7 @@ import pytest
 
 from jq.pallas_kernels import quantize_rows
 from tests.pallas_kernels import sass_rows
-from tests.pallas_kernels.test_sass import ROOT, VERSIONS, compiler
+from tests.pallas_kernels.assembling import ROOT, VERSIONS, compiler
 
 CAPABILITIES = tuple(".".join(map(str, each)) for each in quantize_rows.CAPABILITIES)
 
