@@ -79,7 +79,9 @@ def candidates(dtype: str) -> tuple[Config8, ...]:
 # Blocks of 8 and 16 rows leave room for a second one beside them.
 _DECODE = (
     *(Decode8Config(8, slices=2, stages=3, split=split) for split in (1, 2, 4, 8)),
+    *(Decode8Config(8, stages=5, warpgroups=1, split=split) for split in (1, 2)),
     *(Decode8Config(16, slices=2, stages=3, split=split) for split in (1, 2, 4, 8)),
+    *(Decode8Config(16, stages=5, warpgroups=1, split=split) for split in (1, 2)),
     *(Decode8Config(32, slices=2, stages=4, split=split) for split in (1, 2, 4)),
     *(Decode8Config(32, slices=1, stages=4, warpgroups=4, split=split) for split in (1, 2)),
     *(Decode8Config(64, slices=1, stages=6, split=split) for split in (1, 2)),

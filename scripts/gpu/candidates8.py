@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from jq.pallas_kernels import tuning8
@@ -27,15 +28,21 @@ def configs(p: Problem8) -> list[Config8]:
     choice = tuning8.choose(p.m, p.k, p.n, **p.format)
     few = decode_configs(p) if p.m <= 256 else []
     many = prefill_configs(p) if p.m > 32 else []
-    return list(dict.fromkeys([choice, *few, *many]))
+    early = [dataclasses.replace(c, pdl=True) for c in few[:2] if p.m <= 32]
+    return list(dict.fromkeys([choice, *few, *early, *many]))
 
 
-def decode_configs(p: Problem8) -> list[Config8]:
-    """Candidates for few rows, those first that the estimate puts first; with two blocks on each
-    multiprocessor, or one with deep buffers."""
+def decode_configs(p: Problem8) -> list[Decode8Config]:
+    """Candidates for few rows: of each way to cut the weight in turn, that first which the estimate
+    puts first; with two blocks on each multiprocessor, or one with deep buffers."""
     # A last block without inputs only waits.
     found = [c for c in _decode_grid(min(64, block_m(p.m))) if p.k > 128 * c.slices * c.split]
-    return _most_promising(p, found)
+    found.sort(key=lambda c: (tuning8.estimate(c, p.m, p.k, p.n), abs(c.slices - 2)))
+    ways: dict[tuple[int, int], list[Decode8Config]] = {}
+    for config in found:
+        ways.setdefault((config.warpgroups, config.split), []).append(config)
+    rounds = itertools.zip_longest(*list(ways.values())[: MOST // 2])
+    return [c for turn in rounds for c in turn if c is not None][:MOST]
 
 
 @functools.cache
@@ -49,9 +56,10 @@ def _decode_grid(rows: int) -> tuple[Decode8Config, ...]:
     return tuple(dict.fromkeys(config for config in found if config is not None))
 
 
-def prefill_configs(p: Problem8) -> list[Config8]:
+def prefill_configs(p: Problem8) -> list[Prefill8Config]:
     """Candidates for many rows."""
-    return _most_promising(p, [c for c in _prefill_grid() if c.unsupported(p.dtype) is None])
+    found = [c for c in _prefill_grid() if c.unsupported(p.dtype) is None]
+    return sorted(found, key=lambda c: tuning8.estimate(c, p.m, p.k, p.n))[:MOST]
 
 
 @functools.cache
@@ -63,10 +71,6 @@ def _prefill_grid() -> tuple[Prefill8Config, ...]:
         fields = {"warpgroups": warpgroups, "block_n": columns, "multicast": multicast}
         found.append(deepest(Prefill8Config, SHARED_MEMORY, 6, **fields))
     return tuple(config for config in found if config is not None)
-
-
-def _most_promising(p: Problem8, found: Sequence[Config8]) -> list[Config8]:
-    return sorted(found, key=lambda c: tuning8.estimate(c, p.m, p.k, p.n))[:MOST]
 
 
 def every_config() -> Iterator[tuple[Problem8, Config8 | W8Config]]:

@@ -182,11 +182,12 @@ def test_float8_sums_are_kept_twice():
         w8a8.w8a8(x, x_scale, w, config=wide)
 
 
-def test_small_weights_are_split():
-    """32 blocks would leave 100 multiprocessors idle."""
-    config = tuning8.heuristic(1, 4096, 4096, "int8")
-    assert isinstance(config, Decode8Config)
-    assert config.split > 1
+def test_small_weights_are_cut_into_many_blocks():
+    """32 blocks of 128 columns would leave 100 multiprocessors idle."""
+    for k, n in ((4096, 4096), (8192, 1024)):
+        config = tuning8.heuristic(1, k, n, "int8")
+        assert isinstance(config, Decode8Config)
+        assert n / config.block_n * config.split >= 64
 
 
 def test_measurements_come_before_the_heuristic(monkeypatch):
