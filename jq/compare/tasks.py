@@ -121,7 +121,7 @@ def find_task(place: str) -> Task:
 
 def describe(places: Sequence[str], tasks: Sequence[Any]) -> dict[str, Mapping[str, Any]]:
     """What a comparison's spec says of its tasks: names, and facts about the harness's."""
-    own = {place: {} for place in places if ":" in place}
+    own: dict[str, Mapping[str, Any]] = {place: {} for place in places if ":" in place}
     return own | {task.name: task.facts for task in tasks if isinstance(task, HarnessTask)}
 
 

@@ -106,7 +106,7 @@ def run_tasks(lm: Any, names: Sequence[str], options: TaskOptions) -> tuple[Task
     Returns: tasks, groups and their members, in the harness's order.
     Raises: SpecError as `load_tasks`; whatever the model raises.
     """
-    whole: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
+    whole: Any = {"tasks": {}, "groups": {}, "group_map": {}}
     for loaded in _load(names, options).values():
         for part, found in loaded.items():
             whole[part] |= found
