@@ -56,8 +56,7 @@ def explain(w: Any, *, rows: int = 1, dtype: Any = jnp.bfloat16, device: Any = N
     capability, name = capability_of(device)
     cell = support(capability, product_of(w.spec))
     if cell.reason is not None or capability is None:
-        said = "it is no CUDA device" if capability is None else cell.reason
-        return Choice(REFERENCE, f"{name}: {said}")
+        return Choice(REFERENCE, f"{name}: {cell.reason}")
     dtype = jnp.dtype(dtype).name
     if (reason := unsupported_weight(w.spec, w.k, w.n, dtype)) is not None:
         return Choice(REFERENCE, reason)

@@ -102,6 +102,24 @@ def test_other_formats_in_portable_shards(name):
 
 
 @on_four
+@pytest.mark.parametrize("name", ["int8 token / channel", "fp8 tensor static / tensor"])
+def test_prepared_weights_with_8_bit_activations(name):
+    """Columns are those of the whole; shards of K round their own inputs."""
+    w, x = cases.weight(name, K, N), jnp.asarray(cases.activations(6, K), jnp.bfloat16)
+    ready = prepare(w, "sm_90")
+    assert isinstance(ready, PreparedTensor)
+    whole = np.asarray(jax.jit(qmatmul)(x, w), np.float64)
+    for (k, n), limit in (((None, "model"), 0), (("data", "model"), 0.05)):
+        shards = placed(ready, k, n)
+        assert shards.weight.codes.sharding.spec == P(n, k)
+        y = jax.jit(lambda x, w, k=k, n=n: sharded_qmatmul(x, w, mesh(), k=k, n=n))(x, shards)
+        assert problems.relative_error(y, whole) <= limit
+    cut = NamedSharding(mesh(), P(None, "model"))
+    moved = dataclasses.replace(w, codes=jax.device_put(w.codes, cut))
+    assert prepare(moved, "sm_90").weight.codes.sharding.spec == P("model", None)
+
+
+@on_four
 @pytest.mark.parametrize("kind", ["portable", "prepared"])
 def test_act_order_is_applied_before_the_cut(kind):
     w = cases.weight("int4 g32", K, N, act_order=True)

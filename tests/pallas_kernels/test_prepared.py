@@ -33,6 +33,15 @@ class TestPrepared(MatmulContract):
     )
 
 
+@pytest.mark.parametrize("name", [name for name in cases.EIGHT_BIT if "block" not in name])
+def test_products_in_8_bits_have_kernels(name):
+    spec = cases.EIGHT_BIT[name]
+    assert served(spec, "bfloat16")
+    assert served(spec, "float16")
+    assert not served(spec, "float32")
+    assert not served(spec, "bfloat16", n=96)
+
+
 @pytest.mark.parametrize("name", ["int4 g32", "int4 g32 zero", "int4 g64 fp16", "int4 channel"])
 def test_what_the_kernel_is_for(name):
     spec = cases.ALL[name]
