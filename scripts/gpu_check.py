@@ -40,6 +40,7 @@ SECTIONS = (
     Section("tune", "scripts.gpu.tune", 20, 60),
     Section("tune8", "scripts.gpu.tune8", 14, 60),
     Section("refine", "scripts.gpu.refine", 6, 60),
+    Section("large_block", "scripts.gpu.large_block", 20, 240, needs_gpu=False),
     Section("marlin", "scripts.gpu.marlin", 8, 240),
     Section("compile", "scripts.gpu.compile_only", 30, 240, needs_gpu=False),
 )
@@ -124,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def summarize(results: Results, out: Path) -> int:
     """Add table and goals to the JSON, write and print the text."""
     try:
-        from scripts.gpu import table, table8, tune, tune8
+        from scripts.gpu import large_block, table, table8, tune, tune8
 
         data = results.data
         found, found8 = table.rows(data), table8.rows(data)
@@ -133,7 +134,7 @@ def summarize(results: Results, out: Path) -> int:
         tuned, tuned8 = data["facts"].get("tuned", {}), data["facts"].get("tuned8", {})
         data["tuning_rows"] = tune.table_rows(tuned, table.dequantize_times(data))
         data["tuning_rows8"] = tune8.table_rows(tuned8, table8.xla_times(data))
-        text = table.text(data)
+        text = table.text(data) + large_block.text(data)
     except Exception as error:  # the results themselves are there all the same
         text = f"no summary: {type(error).__name__}: {error}\n"
         results.data["summary_error"] = text
