@@ -1,9 +1,11 @@
 """`jaxq eval --tasks`, as a user calls it."""
 
 import json
+import os
 
 import pytest
 
+from jq.cli.tasks import quiet_bars
 from tests.cli import folders
 from tests.jq.tasks import tiny
 from tests.jq.tasks.conftest import HARNESS
@@ -39,7 +41,16 @@ def test_a_table_with_standard_errors_is_printed(call, model, local):
     assert (lines[3][3], lines[3][-1]) == ("word_perplexity", "lower")
     assert lines[-1][0] == "lm-evaluation-harness"
     assert "the first 3 items" in done.err
-    assert "it/s" not in done.err
+
+
+def test_bars_of_the_libraries_are_turned_off_unless_asked_for(monkeypatch):
+    for name in ("TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        monkeypatch.setenv(name, "x")  # so that it is put back
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TQDM_DISABLE", "0")
+    quiet_bars()
+    assert os.environ["TQDM_DISABLE"] == "0"
+    assert os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] == "1"  # stderr is no terminal here
 
 
 def test_json_has_every_item(call, model, local):
