@@ -35,6 +35,8 @@ GRACE = 5.0
 
 _PAUSES = (0.001, 0.2)  # between two looks at the others, growing from the first to the second
 _teams = itertools.count()
+# Marks an error with which a process has left a team, and now leaves the one around it.
+_SEEN_OFF = "jaxq_seen_off"
 
 
 def initialize(
@@ -170,16 +172,16 @@ class Team:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if self.count > 1 and error is not None:
+        self._left.set()
+        if self.count > 1 and error is not None and _SEEN_OFF not in vars(error):
             self._tell(error)
             # A program breaks off in all processes when one of them is gone: who was first?
             broken = isinstance(error, jax.errors.JaxRuntimeError)
             cause = self.failure(wait=1.0) or _broken(self.count, error) if broken else None
             self._see_off()
-            self._left.set()
+            vars(cause or error)[_SEEN_OFF] = True
             if cause is not None:
                 raise cause from error
-        self._left.set()
 
     def attempt(self, step: str, function: Callable[[], Any]) -> list[Any]:
         """Do something in every process, and go on together or not at all.

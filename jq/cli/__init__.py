@@ -41,7 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns: the exit code: 0; 2 for bad input, said in one line on stderr; 130 and 143 after SIGINT
       and SIGTERM; 1 where a device ran out of memory.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    code = _run(list(sys.argv[1:] if argv is None else argv))
+    if code and (hosts := sys.modules.get("jq.cli.hosts")) is not None:
+        hosts.leave(code)
+    return code
+
+
+def _run(arguments: list[str]) -> int:
+    """The command's exit code, with all that a user meets said in one line."""
     try:
         with terminable():
             return _dispatch(arguments)

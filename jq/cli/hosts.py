@@ -10,8 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from jq.cli.output import complain
-from jq.errors import JaxqError, SpecError
+from jq.errors import SpecError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +49,23 @@ def joined(hosts: Hosts) -> Iterator[None]:
     from jq import distributed
 
     distributed.initialize(hosts.coordinator, hosts.processes, hosts.process_id)
-    try:
-        with contextlib.ExitStack() as scope:
-            if jax.process_index() > 0:
-                nowhere = scope.enter_context(open(os.devnull, "w", encoding="utf-8"))
-                scope.enter_context(contextlib.redirect_stdout(nowhere))
-                scope.enter_context(contextlib.redirect_stderr(nowhere))
-            scope.enter_context(distributed.Team())  # for errors before and after the run
-            yield
-    except JaxqError as error:
-        complain(str(error))
-        distributed.leave(2)
+    _Membership.joined = True
+    with contextlib.ExitStack() as scope:
+        if jax.process_index() > 0:
+            nowhere = scope.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            scope.enter_context(contextlib.redirect_stdout(nowhere))
+            scope.enter_context(contextlib.redirect_stderr(nowhere))
+        scope.enter_context(distributed.Team())  # for errors before and after the run
+        yield
+
+
+class _Membership:
+    joined = False
+
+
+def leave(code: int) -> None:
+    """End this process with an error's exit code, if it was joined with others."""
+    if _Membership.joined:
+        from jq import distributed
+
+        distributed.leave(code)
