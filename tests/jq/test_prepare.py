@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jq.errors import SpecError
-from jq.kernels.choice import REFERENCE, W4A16, explain
+from jq.kernels.choice import REFERENCE, W4A16, W8A8, explain
 from jq.matmul import qmatmul
 from jq.prepare import choices, prepare
 from jq.prepared import PreparedTensor
