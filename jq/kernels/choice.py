@@ -56,7 +56,8 @@ def explain(w: Any, *, rows: int = 1, dtype: Any = jnp.bfloat16, device: Any = N
     capability, name = capability_of(device)
     cell = support(capability, product_of(w.spec))
     if cell.reason is not None or capability is None:
-        return Choice(REFERENCE, f"{name}: {cell.reason}")
+        between = " is" if capability is None else ":"
+        return Choice(REFERENCE, f"{name}{between} {cell.reason}")
     dtype = jnp.dtype(dtype).name
     if (reason := unsupported_weight(w.spec, w.k, w.n, dtype)) is not None:
         return Choice(REFERENCE, reason)
