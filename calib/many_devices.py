@@ -289,10 +289,18 @@ def _tree_of(params: Any, specs: Specs) -> Any:
 def _gathered(params: Any, specs: Specs, axis: str) -> Any:
     """Shards -> whole arrays.  The compiler drops what the program does not read."""
     whole = [
-        lax.all_gather(a, axis, axis=tuple(spec).index(axis), tiled=True) if axis in spec else a
+        _all_gather(a, axis, tuple(spec).index(axis)) if axis in spec else a
         for a, spec in zip(jax.tree.leaves(params), specs, strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(params), whole)
+
+
+def _all_gather(a: jax.Array, axis: str, at: int) -> jax.Array:
+    if a.dtype.itemsize > 1 or not jnp.issubdtype(a.dtype, jnp.floating):
+        return lax.all_gather(a, axis, axis=at, tiled=True)
+    # As bytes: some backends would send float8 as float16.
+    whole = lax.all_gather(lax.bitcast_convert_type(a, jnp.uint8), axis, axis=at, tiled=True)
+    return lax.bitcast_convert_type(whole, a.dtype)
 
 
 def _merged(parts: Sequence[tuple[list[int], RoundedGroup]]) -> RoundedGroup:

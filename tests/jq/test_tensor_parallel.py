@@ -50,9 +50,10 @@ TOKENS = np.random.default_rng(1).integers(0, 64, (2, 6), dtype=np.int32)
 
 
 @pytest.mark.skipif(EIGHT, reason="this is that process")
-def test_on_eight_devices():
+@pytest.mark.parametrize("marked", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_on_eight_devices(marked):
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marked, __file__],
         cwd=ROOT,
         env=os.environ
         | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
@@ -114,9 +115,12 @@ def test_logits_are_those_of_one_device(name):
     logits = np.asarray(compiled(cut, TOKENS), np.float64)
     one = np.asarray(run(params, TOKENS), np.float64)
     assert np.abs(logits - one).max() < 1e-5 * np.abs(one).max()
-    # Two sums of a block's width: behind attention and MLP.
-    sums = hlo.collectives(compiled.as_text())
-    assert sums["all-reduce", TOKENS.size * 64 * 4] >= 2
+    # Three sums of hidden states: of the embedding's rows, behind attention and behind the MLP.
+    exchanged = hlo.collectives(compiled.as_text())
+    assert exchanged.pop(("all-reduce", TOKENS.size * 64 * 4)) == 3
+    # And nothing else; heads that the devices do not divide are put together again.
+    assert bool(exchanged) == (parts > model.config.num_key_value_heads)
+    assert all(size < TOKENS.size * 64 * 4 for _, size in exchanged)
 
 
 @on_eight
