@@ -329,10 +329,11 @@ def _promoting(
             return accumulator[...]
 
         sums = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape))
-        if plan.block:
-            scale = plgpu.load(scale_s.at[slot, own], layout=ROWS) * factor
-            sums = sums * lax.broadcast_in_dim(scale, shape, [0])
+        scale = plgpu.load(scale_s.at[slot, own], layout=ROWS) * factor if plan.block else None
+        # The stage is handed back before the sums are added, which takes as long as a copy's start.
         plgpu.barrier_arrive(empty.at[slot])
+        if scale is not None:
+            sums = sums * lax.broadcast_in_dim(scale, shape, [0])
         return next_slot(slot, config.stages), total + sums
 
     zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), FRAGMENT)
