@@ -10,6 +10,7 @@ step they tell each other how it went, and an error of one is raised by all.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
 import json
@@ -108,8 +109,17 @@ def _reach(coordinator: str, timeout: float) -> None:
 
 
 def all_devices(axis: str = "data") -> Mesh:
-    """The devices of all processes in a row, those of each side by side."""
+    """The devices of all processes in a row, those of each side by side.
+
+    Raises ProcessError when the processes do not have equally many.
+    """
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    counts = collections.Counter(device.process_index for device in devices)
+    if len(set(counts.values())) > 1:
+        raise ProcessError(
+            f"the processes have {', '.join(map(str, counts.values()))} devices: give all of them "
+            "equally many"
+        )
     return Mesh(np.array(devices), (axis,), axis_types=(AxisType.Auto,))
 
 

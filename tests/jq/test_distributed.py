@@ -3,6 +3,7 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -189,6 +190,14 @@ def test_a_process_that_hangs_is_ended(monkeypatch, capfd):
     said = capfd.readouterr().err
     assert "process 0 of 2" in said
     assert "no room; this process was waiting for it" in said
+
+
+def test_the_devices_of_all(monkeypatch):
+    assert distributed.all_devices("a").shape == {"a": jax.device_count()}
+    some = [SimpleNamespace(process_index=p, id=i) for i, p in enumerate([1, 0, 1])]
+    monkeypatch.setattr(jax, "devices", lambda: some)
+    with pytest.raises(ProcessError, match="have 1, 2 devices"):
+        distributed.all_devices()
 
 
 @pytest.mark.parametrize(
