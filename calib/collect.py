@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jq import experts as stacked
 from jq import statistics, tree
 from jq.dense import quantized_dense
 from jq.errors import CalibrationError, NonFiniteError
@@ -30,6 +31,7 @@ def collect(
     batches: Iterable[Any],
     *,
     pattern: str | None = None,
+    experts: str | None = None,
 ) -> Collected:
     """Run a model on batches and remember what its linears read.
 
@@ -45,6 +47,10 @@ def collect(
       batches: each is handed on as it is; batches of equal shapes share a compiled program.
       pattern: a regular expression, searched in the path ("Dense_0", "mlp/up"); None takes all
         linears.  Each costs K * K floats.
+      experts: a regular expression; modules whose path matches hold the linears of E experts, a
+        3-D parameter "kernel" [E, K, N], and are called on tokens that were dispatched to them,
+        [E, C, K], with or without a second argument, the mask [E, C] of places that hold a token.
+        Without it rows of zeros count as empty.  Each costs E * K * K floats (see `jq.experts`).
     Returns: path -> statistics, of all linears that were called.
     Raises:
       CalibrationError: no batches, no linear that matches, none that was called, or one that is
@@ -52,7 +58,10 @@ def collect(
       NonFiniteError: an input with NaN or infinity, naming linear and batch.
     """
     run = _applied(model)
-    stats = {path: statistics.init(k) for path, k in _linears(params, pattern).items()}
+    stats = {
+        path: statistics.init(shape[0]) if len(shape) == 2 else stacked.init(*shape[:2])
+        for path, shape in _linears(params, pattern, experts).items()
+    }
     step = jax.jit(lambda stats, params, batch: _step(run, stats, params, batch))
     count = 0
     for batch in batches:
@@ -68,7 +77,7 @@ def collect(
         count += 1
     if count == 0:
         raise CalibrationError("there are no calibration batches")
-    called = {path: s for path, s in stats.items() if int(s.count) > 0}
+    called = {path: s for path, s in stats.items() if float(jnp.sum(s.count)) > 0}
     _check_quantized(params, stats, called)
     if not called:
         raise CalibrationError(
@@ -84,13 +93,16 @@ def _applied(model: nn.Module | Apply) -> Apply:
     return model
 
 
-def _linears(params: Mapping[str, Any], pattern: str | None) -> dict[str, int]:
-    """Path -> inputs of the linears that match."""
-    kernels = {
-        path.removesuffix("/kernel"): leaf.shape[0]
-        for path, leaf in tree.leaves(params)
-        if path.endswith("/kernel") and getattr(leaf, "ndim", 0) == 2
-    }
+def _linears(
+    params: Mapping[str, Any], pattern: str | None, experts: str | None
+) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of the kernels that match; those of experts are [E, K, N]."""
+    kernels = {}
+    for path, leaf in tree.leaves(params):
+        linear, ndim = path.removesuffix("/kernel"), getattr(leaf, "ndim", 0)
+        stack = experts is not None and re.search(experts, linear) is not None
+        if linear != path and ndim == (3 if stack else 2):
+            kernels[linear] = leaf.shape
     found = {p: k for p, k in kernels.items() if pattern is None or re.search(pattern, p)}
     if not found:
         raise CalibrationError(
@@ -100,24 +112,32 @@ def _linears(params: Mapping[str, Any], pattern: str | None) -> dict[str, int]:
 
 
 def _step(run: Apply, stats: Collected, params: Any, batch: Any) -> Collected:
-    seen: list[tuple[str, jax.Array]] = []
+    seen: list[tuple[str, jax.Array, jax.Array | None]] = []
 
     def catch(next_fun, args, kwargs, context):
         path = "/".join(context.module.path)
-        if context.method_name == "__call__" and path in stats and len(args) == 1:
-            seen.append((path, args[0]))
+        if context.method_name == "__call__" and path in stats:
+            if stats[path].gram.ndim == 3:
+                mask = args[1] if len(args) > 1 else kwargs.get("mask")
+                seen.append((path, args[0], mask))
+            elif len(args) == 1:
+                seen.append((path, args[0], None))
         return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(catch), quantized_dense():
         run(params, batch)
     # Added out here: inside a function that JAX caches, sums would get stuck.
     stats = dict(stats)
-    for path, x in seen:
-        stats[path] = _add(stats[path], x)
+    for path, x, mask in seen:
+        stats[path] = _add(stats[path], x, mask)
     return stats
 
 
-def _add(stats: InputStats, x: Float[Array, "*B K"]) -> InputStats:
+def _add(stats: InputStats, x: Float[Array, "*B K"], mask: jax.Array | None) -> InputStats:
+    if stats.gram.ndim == 3:
+        experts, k = stats.abs_sum.shape
+        places = x.reshape(experts, -1, k)
+        return stacked.update(stats, places, None if mask is None else mask.reshape(experts, -1))
     k = stats.gram.shape[0]
     if x.ndim < 3:
         return statistics.update(stats, x.reshape(-1, k))
@@ -148,7 +168,10 @@ def _check_finite(stats: Collected, batch: int) -> None:
 @jax.jit
 def _finite(stats: Collected) -> dict[str, jax.Array]:
     # A NaN or an infinity anywhere in an input is one on the diagonal; so is a square's overflow.
-    return {path: jnp.isfinite(jnp.trace(s.gram)) for path, s in stats.items()}
+    return {
+        path: jnp.isfinite(jnp.sum(jnp.trace(s.gram, axis1=-2, axis2=-1)))
+        for path, s in stats.items()
+    }
 
 
 def _is_stats(value: Any) -> bool:
@@ -156,4 +179,4 @@ def _is_stats(value: Any) -> bool:
 
 
 def _finish(stats: InputStats) -> InputStats:
-    return statistics.finish(stats)
+    return stacked.finish(stats) if stats.gram.ndim == 3 else statistics.finish(stats)

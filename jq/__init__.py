@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from jq.dense import quantized_dense as quantized_dense
     from jq.errors import JaxqError as JaxqError
     from jq.evaluate import evaluate as evaluate
+    from jq.experts import Experts as Experts
+    from jq.experts import expert_matmul as expert_matmul
     from jq.formats.convert import convert as convert
     from jq.kernels.choice import explain as explain
     from jq.matmul import qmatmul as qmatmul
@@ -72,6 +74,7 @@ _HOME = {
     "jq.dense": ("quantized_dense",),
     "jq.errors": ("JaxqError",),
     "jq.evaluate": ("evaluate",),
+    "jq.experts": ("Experts", "expert_matmul"),
     "jq.formats.convert": ("convert",),
     "jq.kernels.choice": ("explain",),
     "jq.matmul": ("qmatmul",),

@@ -1,13 +1,15 @@
 """Quantizing any Flax parameters at once: no block-by-block model, no calibration loop.
 
 For models of one's own.  Every 2-D leaf ".../kernel" [K, N] is a linear and goes by its path; a
-recipe decides about it as it does in `jq.calib`'s driver, and the same programs round it.
+recipe decides about it as it does in `jq.calib`'s driver, and the same programs round it.  3-D
+leaves [E, K, N] that are said to be experts are as many linears (see `jq.experts`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +20,7 @@ from jax.core import Tracer
 from jq import tree
 from jq.blockwise import LinearGroup
 from jq.errors import CalibrationError, NonFiniteError, SpecError
+from jq.experts import Experts, ExpertsReport, round_experts
 from jq.folding import fold, restore_dtypes
 from jq.group import GroupReport, round_group
 from jq.methods import awq, smoothquant
@@ -34,7 +37,7 @@ from jq.statistics import InputStats, rescale
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
 
-ReportCallback = Callable[[tuple[str, ...], GroupReport], None]
+ReportCallback = Callable[[tuple[str, ...], GroupReport | ExpertsReport], None]
 
 
 def quantize(
@@ -43,6 +46,7 @@ def quantize(
     stats: Mapping[str, InputStats] | None = None,
     *,
     groups: Sequence[LinearGroup] = (),
+    experts: Mapping[str, Experts] | None = None,
     on_group: ReportCallback | None = None,
 ) -> dict[str, Any]:
     """Replace kernels by QTensors.
@@ -58,7 +62,11 @@ def quantize(
         nearest needs none.
       groups: which linears read the same input, with whole paths, and the op before it, where AWQ
         and SmoothQuant can put a scale.  A group must list everything that reads its producer.
-      on_group: called with the paths of linears that were rounded side by side and their report.
+      experts: regular expression -> `Experts`: a 3-D leaf ".../kernel" [E, K, N] whose path one
+        matches (the first counts) holds the linears of E experts, with statistics that have a
+        leading axis E too.  Other 3-D kernels are left alone.
+      on_group: called with the paths of linears that were rounded side by side and their report, an
+        `ExpertsReport` for experts, which tells who saw too few tokens.
     Returns: the same tree with QTensor leaves; everything else keeps its dtype.  Kernels and norms
       that a scale was folded into have changed.
     Raises:
@@ -71,10 +79,10 @@ def quantize(
     May be traced (`jax.jit` with output shardings, `jax.eval_shape`); values are then not checked.
     """
     work: Any = dict(params)
-    linears = _linears(params)
+    linears = _linears(params, experts or {})
     others = [path for path, _ in tree.leaves(params)]
-    check_recipe(recipe, {path: leaf.shape for path, leaf in linears.items()}, others)
-    units = _units(linears, recipe, groups)
+    check_recipe(recipe, {path: leaf.shape[-2:] for path, leaf in linears.items()}, others)
+    units = _units(linears, recipe, groups, experts or {})
     stats = {} if stats is None else stats
     used = {unit: _statistics(unit, stats, linears) for unit in units}
     _check_weights(linears, units)
@@ -99,6 +107,7 @@ class _Unit(NamedTuple):
     rules: tuple[Rule | None, ...]
     group: LinearGroup | None
     scaling: AWQ | SmoothQuant | None
+    experts: Experts | None = None
 
     @property
     def quantized(self) -> list[tuple[str, QuantSpec]]:
@@ -107,17 +116,36 @@ class _Unit(NamedTuple):
         return [(path, r.spec) for path, r in rules if r is not None and r.spec is not None]
 
 
-def _linears(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Path of each linear -> its kernel, quantized ones included."""
-    return {
+def _linears(params: Mapping[str, Any], experts: Mapping[str, Experts]) -> dict[str, Any]:
+    """Path of each linear -> its kernel, quantized ones and stacks of experts' included."""
+    kernels = {
         path.removesuffix("/kernel"): leaf
         for path, leaf in tree.leaves(params)
-        if path.endswith("/kernel") and getattr(leaf, "ndim", 0) == 2
+        if path.endswith("/kernel")
     }
+    stacks = {path: leaf for path, leaf in kernels.items() if _experts_of(path, experts)}
+    for pattern in experts:
+        if not any(re.search(pattern, path) for path in stacks):
+            raise SpecError(f"experts {pattern!r} match no kernel; there are {', '.join(kernels)}")
+    for path, leaf in stacks.items():
+        if getattr(leaf, "ndim", 0) != 3:
+            raise SpecError(f"{path}/kernel: experts' kernels are [E, K, N], not {leaf.shape}")
+    return {path: leaf for path, leaf in kernels.items() if path in stacks or _is_matrix(leaf)}
+
+
+def _is_matrix(leaf: Any) -> bool:
+    return getattr(leaf, "ndim", 0) == 2
+
+
+def _experts_of(path: str, experts: Mapping[str, Experts]) -> Experts | None:
+    return next((known for pattern, known in experts.items() if re.search(pattern, path)), None)
 
 
 def _units(
-    linears: Mapping[str, Any], recipe: Recipe, groups: Sequence[LinearGroup]
+    linears: Mapping[str, Any],
+    recipe: Recipe,
+    groups: Sequence[LinearGroup],
+    experts: Mapping[str, Experts],
 ) -> list[_Unit]:
     units, seen = [], set()
     for group in groups:
@@ -132,10 +160,17 @@ def _units(
             seen.add(path)
         rules = tuple(resolve(recipe, path) for path in group.linears)
         scaling = scaling_method(f"group {group.name!r}", group, rules)
-        units.append(_Unit(group.linears, rules, group, scaling))
+        treated = {_experts_of(path, experts) for path in group.linears}
+        if len(treated) > 1:
+            raise SpecError(
+                f"group {group.name!r}: {', '.join(group.linears)} read the same input, and "
+                "`experts` says different things of them"
+            )
+        units.append(_Unit(group.linears, rules, group, scaling, treated.pop()))
     for path in linears:
         if path not in seen:
-            units.append(_Unit((path,), (resolve(recipe, path),), None, None))
+            rules, known = (resolve(recipe, path),), _experts_of(path, experts)
+            units.append(_Unit((path,), rules, None, None, known))
     for unit in units:
         _check_unit(unit, linears)
     return [unit for unit in units if unit.quantized]
@@ -156,6 +191,14 @@ def _check_unit(unit: _Unit, linears: Mapping[str, Any]) -> None:
                 "say which one with groups=(LinearGroup(name, linears, producer),), or round with "
                 f"{rounding_of(rule.method)}"
             )
+    if unit.experts is not None:
+        for path, rule in zip(unit.linears, unit.rules, strict=True):
+            if rule is not None and isinstance(rule.method, AWQ | SmoothQuant):
+                raise SpecError(
+                    f"{path}: {type(rule.method).__name__} scales an input that all experts "
+                    f"share, and each of them wants its own: round with {rounding_of(rule.method)}"
+                )
+        return
     if isinstance(unit.scaling, SmoothQuant) and unit.scaling.alpha == "auto":
         raise SpecError(
             f"{', '.join(unit.linears)}: alpha='auto' compares outputs on the inputs themselves, "
@@ -180,19 +223,21 @@ def _statistics(
                 "this linear; collect them with jq.collect, or use RTN"
             )
         return None
-    found, k = stats[given], linears[given].shape[0]
-    if found.gram.shape != (k, k):
+    found, (*lead, k, _) = stats[given], linears[given].shape
+    if found.gram.shape != (*lead, k, k):
+        inputs = found.gram.shape[-1] if found.gram.ndim == len(lead) + 2 else found.gram.shape
+        wanted = (*lead, k) if lead else k
         raise CalibrationError(
-            f"{given}: statistics of {found.gram.shape[0]} inputs, but the kernel has {k}; were "
-            "they collected from this model?"
+            f"{given}: statistics of {inputs} inputs, but the kernel has {wanted}; were they "
+            "collected from this model?"
         )
     if not _traced(found):
         if not all(bool(jnp.all(jnp.isfinite(field))) for field in found):
             raise NonFiniteError(f"{given}: the statistics have NaN or infinite entries")
-        if not float(jnp.trace(found.gram)) > 0:
+        if not float(jnp.sum(jnp.trace(found.gram, axis1=-2, axis2=-1))) > 0:
             raise CalibrationError(
                 f"{given}: every calibration input is zero, or there was none "
-                f"({int(found.count)} tokens)"
+                f"({int(jnp.sum(found.count))} tokens)"
             )
     return found
 
@@ -209,7 +254,7 @@ def _check_weights(linears: Mapping[str, Any], units: Sequence[_Unit]) -> None:
 
 
 @jax.jit
-def _finite(w: Float[Array, "K N"]) -> Bool[Array, ""]:
+def _finite(w: Float[Array, "*E K N"]) -> Bool[Array, ""]:
     return jnp.all(jnp.isfinite(w))
 
 
@@ -274,11 +319,15 @@ def _round(
         assert rule.spec is not None
         paths = tuple(p for p, r in zip(unit.linears, unit.rules, strict=True) if r == rule)
         weights = [jnp.asarray(tree.get(params, f"{path}/kernel")) for path in paths]
-        tensors, _, report = round_group(
-            weights, stats, rule.spec, rounding_of(rule.method), scale=scale
-        )
-        if isinstance(rounding_of(rule.method), GPTQ) and not _traced(report):
-            _check_solve(paths, report)
+        rounding = rounding_of(rule.method)
+        if unit.experts is None:
+            tensors, _, report = round_group(weights, stats, rule.spec, rounding, scale=scale)
+            solve = report
+        else:
+            tensors, report = round_experts(weights, stats, rule.spec, rounding, unit.experts)
+            solve = report.group
+        if isinstance(rounding, GPTQ) and not _traced(report):
+            _check_solve(paths, solve)
         for path, tensor in zip(paths, tensors, strict=True):
             params = tree.replace(params, f"{path}/kernel", tensor)
         if on_group is not None:
@@ -287,8 +336,8 @@ def _round(
 
 
 def _check_solve(paths: tuple[str, ...], report: GroupReport) -> None:
-    if bool(report.failed):
+    if bool(jnp.any(report.failed)):
         raise CalibrationError(
-            f"{', '.join(paths)}: no damping up to {float(report.damp):g} makes the Hessian "
-            "positive definite: collect from more tokens, raise damp_percent, or use RTN"
+            f"{', '.join(paths)}: no damping up to {float(jnp.max(report.damp)):g} makes the "
+            "Hessian positive definite: collect from more tokens, raise damp_percent, or use RTN"
         )

@@ -31,6 +31,7 @@ from jq.spec import QuantSpec
 
 WIDE = 4  # bytes of a float32
 _STATISTICS, _FACTOR, _SOLVE_GRAMS = 2.5, 6.25, 3.0  # of K^2
+_LEFT = 1.6  # of K^2: half of the factorisation's workspace, as measured
 _SUMMED = 3.25  # of K^2: the sums, their panels before and after the exchange, and the result
 _SOLVE, _ROUND = 10.2, 5.2  # of KN
 
@@ -91,7 +92,8 @@ def requirements(run: Run) -> Requirements:
         widest = max(max(stream_widths(run, block)) for block, _ in run.blocks)
         host[STATES] = run.tokens * widest * run.compute_bytes
     offloaded = {STATES: host[STATES]} if STATES in host else {}
-    shared = [_sum(parts, offloaded, {READING: largest}) for parts in moments]
+    both = [device_parts(run, block, overlap=True) for block, _ in run.blocks]
+    shared = [_sum(parts, offloaded, {READING: largest}) for parts in both]
     shared += [first | {READING: outer}, _sum(resting, writing)]
     written = sum(quantized_bytes(block, run.stored_bytes) * count for block, count in run.blocks)
     work = Arithmetic()
@@ -134,8 +136,11 @@ def stream_widths(run: Run, block: Block) -> list[int]:
     return [d + (inputs[0] + d), *inner, d + (inputs[-1] + d) + d]
 
 
-def device_parts(run: Run, block: Block) -> dict[str, int]:
-    """What takes the device's memory at the largest moment of a block."""
+def device_parts(run: Run, block: Block, *, overlap: bool = False) -> dict[str, int]:
+    """What takes the device's memory at the largest moment of a block.
+
+    overlap: a solve begins before all workspace of the factorisation is given back, as on CPUs.
+    """
     weights = block.parameters * (WIDE + run.stored_bytes)
     held = {WEIGHTS: (weights + quantized_bytes(block, run.stored_bytes)) // run.devices}
     kept = sum(g.k**2 * WIDE for g in block.groups) if block.looks_twice else 0
@@ -153,7 +158,7 @@ def device_parts(run: Run, block: Block) -> dict[str, int]:
             moments.append(held | states | {HESSIAN: round(_FACTOR * group.k**2 * WIDE) + kept})
         for rule, n in group.sides.items():
             own = -(-n // run.devices)
-            moments.append(held | states | _round_parts(group, own, rule, kept))
+            moments.append(held | states | _round_parts(group, own, rule, kept, overlap))
     return _largest(moments)
 
 
@@ -178,10 +183,12 @@ def _stage_parts(run: Run, block: Block, index: int, kept: int) -> dict[str, int
     return {STATES: states, STATISTICS: temporary + kept}
 
 
-def _round_parts(group: Group, n: int, rule: Rule, kept: int) -> dict[str, int]:
+def _round_parts(
+    group: Group, n: int, rule: Rule, kept: int, overlap: bool = False
+) -> dict[str, int]:
     kn, kk = group.k * n * WIDE, group.k**2 * WIDE
     if isinstance(rounding_of(rule.method), GPTQ):
-        grams, copies = _SOLVE_GRAMS * kk, _SOLVE
+        grams, copies = (_SOLVE_GRAMS + _LEFT * overlap) * kk, _SOLVE
     elif group.learns or group.scaling is not None:
         grams, copies = kk, _SOLVE
     else:
