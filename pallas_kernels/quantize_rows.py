@@ -20,7 +20,8 @@ TINY = 2.0**-64
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0))
 _FP8_SINCE = (8, 9)
 _THREADS = 128
-_ROW_BYTES = 64 * 1024  # what the registers of a block hold
+# What the registers of a block hold; a normalised row lies in them twice.
+_ROW_BYTES = 64 * 1024
 
 
 def quantize_rows(
@@ -118,7 +119,9 @@ def _unsupported(k: int, x_dtype: str, dtype: str, group: int | None, norm: bool
         return f"K = {k} is no multiple of {_THREADS}"
     if group is not None:
         return "groups are not normalised by the kernel: apply the norm first" if norm else None
-    size = k * jnp.dtype(x_dtype).itemsize
-    if size > _ROW_BYTES:
-        return f"a row has {size} bytes, more than the {_ROW_BYTES} that a block holds"
+    # A register holds two 16-bit values, unless they are read one by one.
+    size = k * max(jnp.dtype(x_dtype).itemsize, 4 // vector_size(k, x_dtype))
+    limit = _ROW_BYTES // 2 if norm else _ROW_BYTES
+    if size > limit:
+        return f"a row takes {size} bytes of registers, more than the {limit} that a block has"
     return None

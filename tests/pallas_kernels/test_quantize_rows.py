@@ -126,11 +126,15 @@ def test_no_quotient_leaves_the_codes(codes):
 def test_what_is_supported():
     assert supported_rows(4096, "bfloat16", "int8", (8, 0)) is None
     assert supported_rows(4096, "bfloat16", FP8, (9, 0), group=128) is None
+    for k in (32768, 28672, 13696):
+        assert supported_rows(k, "bfloat16", "int8", (9, 0)) is None
     for arguments, options, said in (
         ((4096, "bfloat16", FP8, (8, 6)), {}, "float8"),
         ((4096, "bfloat16", "int8", (7, 5)), {}, "7.5"),
         ((4000, "bfloat16", "int8", (9, 0)), {}, "4000"),
         ((65536, "bfloat16", "int8", (9, 0)), {}, "131072 bytes"),
+        ((29568, "bfloat16", "int8", (9, 0)), {}, "118272 bytes"),
+        ((32768, "bfloat16", "int8", (9, 0)), {"norm": True}, "65536 bytes"),
         ((4096, "float64", "int8", (9, 0)), {}, "float64"),
         ((4096, "bfloat16", "int4", (9, 0)), {}, "int4"),
         ((4096, "bfloat16", FP8, (9, 0)), {"group": 64}, "64"),
