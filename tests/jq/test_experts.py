@@ -143,8 +143,7 @@ def test_who_has_enough_keeps_every_bit(prior):
 
 
 def test_borrowing_is_better_than_few_tokens_of_its_own():
-    """Held-out tokens of the expert with as many tokens as inputs, of 32-bit problems like those in
-    the module's table."""
+    """Held-out tokens of an expert that saw as many tokens as it has inputs."""
     rng = np.random.default_rng(3)
     shared = np.eye(K) + 0.6 * rng.standard_normal((K, K)) / K**0.5
     own = [shared + 0.3 * rng.standard_normal((K, K)) / K**0.5 for _ in range(8)]
@@ -158,7 +157,8 @@ def test_borrowing_is_better_than_few_tokens_of_its_own():
         ("white", GPTQ(), Experts("white")),
         ("layer", GPTQ(), Experts("layer")),
     ):
-        (made,), _ = round_experts([w], stats, QuantSpec("int3", 16), method, known)
+        lent, _ = experts.borrow(stats, known)
+        (made,), _ = round_experts([w], lent, QuantSpec("int3", 16), method, NONE)
         difference = np.asarray(made.dequantize()[0] - w[0])
         errors[name] = np.linalg.norm(unseen @ difference)
     assert errors["layer"] < 0.97 * errors["nearest"] < errors["nearest"] < errors["own"]
@@ -204,7 +204,7 @@ def test_products_of_experts():
 def model():
     """(parameters, calibration batches [T, D])."""
     batches = jnp.asarray(problems.inputs(moe.WIDTH, 600).reshape(3, 200, moe.WIDTH))
-    params = moe.MoE().init(jax.random.key(0), batches[0])["params"]
+    params = jax.jit(moe.MoE().init)(jax.random.key(0), batches[0])["params"]
     return params, batches
 
 

@@ -1,10 +1,27 @@
 """Quantizing takes no more memory for more layers."""
 
+import csv
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from jq.models import HFCheckpoint
-from scripts.bench_memory import Bench, Result, growth, measure, model_config, write_model
+from scripts.bench_memory import (
+    COLUMNS,
+    Bench,
+    BlockWatch,
+    Result,
+    add_lines,
+    growth,
+    measure,
+    model_config,
+    peak_bytes,
+    write_model,
+)
+
+RESULTS = Path(__file__).resolve().parents[2] / "scripts" / "results" / "memory.csv"
 
 
 def test_the_model_is_one(tmp_path):
@@ -19,6 +36,50 @@ def test_the_model_is_one(tmp_path):
 
 def test_growth_is_relative_to_the_weights():
     assert growth(Result(4, 100, 500), Result(16, 400, 650)) == 0.5
+
+
+def test_known_shapes():
+    assert Bench().config(3).hidden_size == 1024
+    large = Bench(shape="llama-3-8b").config(2)
+    assert (large.num_hidden_layers, large.intermediate_size, large.vocab_size) == (
+        2,
+        14336,
+        128256,
+    )
+
+
+def test_the_peak_of_each_block_is_its_own():
+    watch = BlockWatch()
+    taken = [np.ones(2**24)]
+    watch(SimpleNamespace(block="layers_0"))
+    del taken[0]
+    watch(SimpleNamespace(block="layers_1"))
+    watch(SimpleNamespace(block="layers_1"))
+    first, second = watch.finish()
+    assert 0 < second <= first
+    assert watch.rest <= max(first, peak_bytes())
+
+
+def test_a_line_per_block(tmp_path):
+    bench = Bench(csv=tmp_path / "memory.csv", hidden=64)
+    result = Result(2, 100, 900_000_000, ((800_000_000, 1.26), (900_000_000, 0.5)))
+    add_lines(bench, result, bench.csv)
+    add_lines(Bench(shape="llama-3-8b"), result, bench.csv)
+    header, *lines = csv.reader(bench.csv.read_text().splitlines())
+    assert tuple(header) == COLUMNS
+    assert lines[0] == ["hidden 64", "2", "gptq", "512", "0", "800", "1.3"]
+    assert [line[0] for line in lines] == ["hidden 64"] * 2 + ["llama-3-8b"] * 2
+
+
+def test_what_was_measured_is_flat_in_depth():
+    """The recorded run of the large shape: after the first block no block needs more."""
+    rows = [
+        r for r in csv.DictReader(RESULTS.read_text().splitlines()) if r["shape"] == "llama-3-8b"
+    ]
+    deep = [int(r["peak_mb"]) for r in rows if (r["layers"], r["method"]) == ("8", "rtn")]
+    assert len(deep) == 8
+    assert max(deep[1:]) - min(deep[1:]) <= 2
+    assert {r["method"] for r in rows} == {"rtn", "gptq"}
 
 
 @pytest.mark.slow
