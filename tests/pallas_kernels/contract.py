@@ -26,6 +26,9 @@ from tests.oracles import qmatmul as oracle
 # Relative error (norm over norm) of a product: float32 sums, and one rounding of the result.
 TOLERANCE = {"float32": 1e-6, "bfloat16": 2.5e-3, "float16": 4e-4}
 EIGHT_BIT_TOLERANCE = {"float32": 2e-6, "bfloat16": 2.5e-3, "float16": 4e-4}
+# Few bits of x often lie in the middle between two codes of float8, but for the last bit of a
+# float32 scale: one in a thousand then has another code than in float64.
+FLOAT8_TOLERANCE = EIGHT_BIT_TOLERANCE | {"bfloat16": 4e-3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +81,8 @@ class MatmulContract:
         for size in self.backend.sizes:
             x, w, y = self.product(name, dtype, *size)
             error = problems.relative_error(y, oracle.qmatmul(x, w))
-            assert error < EIGHT_BIT_TOLERANCE[dtype] * self.backend.slack
+            tolerance = FLOAT8_TOLERANCE if w.spec.is_float else EIGHT_BIT_TOLERANCE
+            assert error < tolerance[dtype] * self.backend.slack
 
     @pytest.mark.parametrize("name", [*cases.FEW, "int4 g64 fp16"])
     def test_float16(self, name):
