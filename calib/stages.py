@@ -109,8 +109,12 @@ def run_samples(model, kind, index, params, stream, stats, count) -> StageResult
     """The stage on the first `count` samples, which are all; statistics are added to `stats`.
 
     XLA does not know the count, and cannot fit the loop to it: its body is the same program for any
-    number of samples, and rounds the same way.
+    number of samples, and rounds the same way.  Of an array of one sample it would know the index:
+    such a sample stands there twice.
     """
+    samples = len(stream.x)
+    if samples == 1:
+        stream = jax.tree.map(lambda a: jnp.concatenate([a, a]), stream)
     params = ready(params, stream.x.dtype)
     if stream.mask is not None:
         # Padding must not decide about the scale of quantized activations either.
@@ -134,8 +138,10 @@ def run_samples(model, kind, index, params, stream, stats, count) -> StageResult
 
     shapes = jax.eval_shape(run, jax.tree.map(lambda a: a[0], stream))
     outputs = jax.tree.map(lambda a: jnp.zeros((len(stream.x), *a.shape), a.dtype), shapes)
-    stats, (x, carry, finite) = lax.fori_loop(0, count, step, (stats, outputs))
-    return StageResult(Stream(x, carry, stream.mask), stats, finite)
+    stats, outputs = lax.fori_loop(0, count, step, (stats, outputs))
+    x, carry, finite = jax.tree.map(lambda a: a[:samples], outputs)
+    mask = None if stream.mask is None else stream.mask[:samples]
+    return StageResult(Stream(x, carry, mask), stats, finite)
 
 
 @jax.jit
