@@ -198,9 +198,18 @@ def _manager(names: tuple[str, ...], options: TaskOptions) -> Any:
         return _manager_of(options.include_path, False)
     if options.include_path is not None:
         manager = _manager_of(options.include_path, False)
-        if all(name in manager.all_subtasks or _is_file(name) for name in names):
+        if all(_is_file(name) or _is_whole(name, manager) for name in names):
             return manager
     return _manager_of(options.include_path, True)
+
+
+def _is_whole(name: str, manager: Any) -> bool:
+    """Whether a task, or a group with all its members, is known here. A tag may have more
+    elsewhere."""
+    if name in manager.all_groups:
+        members = (manager.task_index[name].cfg or {}).get("task") or ()
+        return all(isinstance(m, str) and _is_whole(m, manager) for m in members)
+    return name in manager.all_subtasks
 
 
 def _is_file(name: str) -> bool:

@@ -69,8 +69,6 @@ def test_the_metric_that_stands_for_a_task(options):
     assert flies.name == "flies (acc_norm)"
     with pytest.raises(SpecError, match="'texts' has no score per item"):
         tasks.find_tasks(["texts"], options)
-    with pytest.raises(SpecError, match="no task is called 'fleas'"):
-        tasks.find_tasks(["fleas"], TaskOptions(include_path=options.include_path))
 
 
 def test_another_harness_asks_another_question(options, monkeypatch):

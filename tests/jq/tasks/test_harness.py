@@ -137,6 +137,22 @@ def test_unknown_names_are_refused_with_close_ones(tasks, monkeypatch):
     ]  # fmt: skip
 
 
+def test_the_harness_own_tasks_are_read_only_where_they_are_needed(tasks, monkeypatch):
+    local = harness._manager_of(tasks, False)
+    read = []
+    monkeypatch.setattr(harness, "_manager_of", lambda path, all_: read.append(all_) or local)
+    options = TaskOptions(include_path=tasks)
+    harness._manager(("insects", "texts"), options)
+    assert read == [False]
+    harness._manager(("insects", "arc_easy"), options)
+    assert read == [False, False, True]
+    read.clear()
+    harness._manager((f"{tasks}/flies.yaml",), TaskOptions())
+    assert read == [False]
+    harness._manager(("flies",), TaskOptions())
+    assert read == [False, True]
+
+
 def test_data_out_of_reach_are_told(tasks, tmp_path):
     text = "task: lost\ndataset_path: json\ndataset_kwargs: {data_files: {test: none.jsonl}}\n"
     (tmp_path / "lost.yaml").write_text(text + "test_split: test\noutput_type: multiple_choice\n")
