@@ -36,7 +36,7 @@ def test_70b_on_one_a100_of_40_gb():
     assert advice.fits
     assert 35e9 < advice.fit.weights < 37e9
     # 40 GB less the weights, less what is set aside, at 0.328 MB a token.
-    assert "1.9 GB are left for 5,848 tokens of key-value cache (0.328 MB each)" in said(advice)
+    assert "2.4 GB are left for 7,282 tokens of key-value cache (0.328 MB each)" in said(advice)
     assert advice.fit.tokens == int((40e9 - advice.fit.weights - advice.fit.reserve) / 327_680)
     assert "XLA_PYTHON_CLIENT_MEM_FRACTION" in said(advice)
 
@@ -280,7 +280,10 @@ def test_facts_of_gpus_are_consistent():
     for name, gpu in GPUS.items():
         assert gpu.name == name
         assert gpu.has("int8") == (gpu.eight_bit_tops > 0)
-        assert gpu.rate("fp8") == (gpu.rate("int8") if gpu.capability >= (8, 9) else 0)
+        fewer = 1 if gpu.fp8_tflops is None else gpu.fp8_tflops / gpu.eight_bit_tops
+        assert 0.5 <= fewer <= 1
+        assert gpu.rate("fp8") == (fewer * gpu.rate("int8") if gpu.has("fp8") else 0)
+        assert gpu.has("fp8") == (gpu.capability >= (8, 9))
         assert gpu.source
     assert dataclasses.is_dataclass(find_gpu("NVIDIA A100-40GB"))
     assert find_gpu("H100_SXM") is GPUS["h100"]
