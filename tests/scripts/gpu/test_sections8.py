@@ -124,12 +124,15 @@ def test_quantization_is_compared(xla, monkeypatch):
         "error": 0.0,
     }
 
-    def coarse(x, dtype, *, group=None):
-        codes, scale = quantize_rows_reference(x, dtype, group=group)
-        return codes, 1.001 * scale
+    assert correctness8.quantized(3, 256, "int8", None, True)["ok"]
+
+    def coarse(x, dtype, *, group=None, norm=None):
+        codes, scale = quantize_rows_reference(x, dtype, group=group, norm=norm)
+        return codes, 1.02 * scale
 
     monkeypatch.setattr(correctness8, "quantize_rows", coarse)
     assert not correctness8.quantized(3, 256, "int8", None)["ok"]
+    assert not correctness8.quantized(3, 256, "int8", None, True)["ok"]
 
 
 @pytest.mark.parametrize("method", products8.METHODS)
