@@ -14,7 +14,7 @@ from jq.errors import JaxqError
 COMMANDS = {
     "quantize": "quantize a model into a checkpoint, or for other tools",
     "convert": "convert a quantized model into another format",
-    "eval": "measure perplexity, and what quantization cost",
+    "eval": "measure perplexity and tasks, and what quantization cost",
     "compare": "try every method on a model, and say which to take",
     "generate": "continue prompts",
     "inspect": "list a checkpoint's tensors, their sizes and errors",

@@ -74,7 +74,7 @@ class Eval:
     json: Annotated[
         bool,
         tyro.conf.FlagCreatePairsOff,
-        tyro.conf.arg(help="print JSON, with every one"),
+        tyro.conf.arg(help="print JSON, with every window or item"),
     ] = False
 
 

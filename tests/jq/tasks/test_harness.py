@@ -122,6 +122,26 @@ def test_groups_options_and_solved_examples(lm, tasks):
     assert json.dumps(results["flies"].to_dict())
 
 
+@pytest.mark.parametrize("shots", [None, 2])
+def test_results_are_those_of_the_harness_own_entry(lm, tasks, shots):
+    from lm_eval.evaluator import simple_evaluate
+
+    options = TaskOptions(num_fewshot=shots, limit=3, include_path=tasks)
+    names = ("flies", "texts", "next_word")
+    ours = run_tasks(lm, names, options)
+    manager = harness._manager(names, options)
+    raw = simple_evaluate(
+        lm, tasks=list(names), num_fewshot=shots, limit=3, task_manager=manager, bootstrap_iters=0
+    )
+    assert raw is not None
+    for task in ours:
+        theirs = raw["results"][task.name]
+        assert {m.key: m.value for m in task.metrics} == {
+            m.key: theirs[m.key] for m in task.metrics
+        }
+        assert task.num_fewshot == raw["n-shot"][task.name] == (shots or 0)
+
+
 def test_unknown_names_are_refused_with_close_ones(tasks, monkeypatch):
     monkeypatch.setattr(harness, "_manager", lambda *_: harness._manager_of(tasks, False))
     options = TaskOptions(include_path=tasks)
