@@ -1,12 +1,6 @@
 """The work on a block, shared by the devices of a mesh: samples, weights and outputs are cut.
 
-Every program is a `jax.shard_map` in which each device does what one device would, on its part:
-
-* a stage gathers the kernels it runs, and runs them on the device's own samples, one by one;
-* statistics are added up by each device, and over the devices once per group;
-* the Hessian is factored by every device for itself.  If one did it the others would wait as long,
-  and what the sum saves (to one instead of to all) is spent on handing out the factor;
-* a solve takes the device's own columns of each weight, which is how weights lie anyway.
+The programs are those of `jq.calib.mesh_programs`; here stands where arrays lie between them.
 
 Weights lie in shards of their last axis.  What the devices do not divide, or whose outputs share
 one scale, lies whole on every device, and each of them solves it.
@@ -24,27 +18,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from jq import statistics, tree
+from jq import tree
 from jq.blockwise import BlockwiseModel
+from jq.calib import mesh_programs as programs
 from jq.calib.one_device import check_hidden, embed
-from jq.calib.scaling import Scaling, choose_scale
-from jq.calib.stages import StageResult, Stream, prepare_block, ready, run_samples
+from jq.calib.scaling import Scaling
+from jq.calib.stages import StageResult, Stream
 from jq.data_mesh import DataMesh, columns_are_cut, shard_axis
-from jq.group import RoundedGroup, solve_group
+from jq.group import RoundedGroup
 from jq.methods.awq import AWQ
-from jq.methods.gptq import GPTQ, HessianFactor, factor_hessian
+from jq.methods.gptq import GPTQ
 from jq.methods.rtn import RTN
 from jq.methods.smoothquant import SmoothQuant
 from jq.qtensor import QTensor
-from jq.sharding import partition_specs
 from jq.spec import QuantSpec
 from jq.statistics import InputStats
-
-Specs = tuple[P, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +87,7 @@ class ManyDevices:
     def prepare(self, params: Any) -> tuple[Any, Any]:
         """See `prepare_block`; the block lies in shards afterwards."""
         params = self.settle(params)
-        return _prepare(params, devices=self.devices, specs=_specs(params))
+        return programs.prepare(params, devices=self.devices, specs=_specs(params))
 
     def settle(self, params: Any) -> Any:
         """Parameters that were changed or have just come, in their shards."""
@@ -113,7 +103,7 @@ class ManyDevices:
         """See `run_stage`."""
         stats = self._empty(index, params) if collect else None
         run = functools.partial(
-            _stage,
+            programs.stage,
             model=self.model,
             kind=kind,
             index=index,
@@ -127,7 +117,7 @@ class ManyDevices:
         else:
             x, carry, flags, stats = self._in_chunks(run, params, stream, stats, counts)
         if stats is not None:
-            stats = _finish(stats, devices=self.devices)
+            stats = programs.finish(stats, devices=self.devices)
         return StageResult(Stream(x, carry, stream.mask), stats, flags)
 
     def _in_chunks(self, run: Any, params: Any, stream: Stream, stats: Any, counts: Any) -> Any:
@@ -165,7 +155,7 @@ class ManyDevices:
         """See `choose_scale`: each device looks at its share of the first samples."""
         count = min(self.samples, max(1, method.search_tokens // stream.x.shape[1]))
         rows = self.devices.rows_of(count)
-        return _choose(
+        return programs.choose(
             params,
             self._chunk(stream, 0, rows) if self.offload else stream,
             stats,
@@ -192,7 +182,7 @@ class ManyDevices:
         hessian = None
         if isinstance(rounding, GPTQ):
             assert stats is not None, "the driver collects what GPTQ needs"
-            hessian = _factor(stats.gram, spec, rounding, devices=self.devices)
+            hessian = programs.factor(stats.gram, spec, rounding, devices=self.devices)
         cut = [columns_are_cut(spec, w.shape[0], w.shape[1], self.devices.size) for w in weights]
         parts = []
         for which in sorted(set(cut)):
@@ -200,7 +190,7 @@ class ManyDevices:
             some = tuple(weights[i] for i in chosen)
             if not which:
                 some = jax.device_put(some, self.devices.sharding())
-            made = _solve(
+            made = programs.solve(
                 some, stats, hessian, scale, spec, rounding, devices=self.devices, cut=which
             )
             parts.append((chosen, made))
@@ -266,7 +256,7 @@ class ManyDevices:
 
     def _empty(self, index: int, params: Any) -> InputStats:
         first = self.model.linear_groups[index].linears[0]
-        return _zeros(tree.get(params, f"{first}/kernel").shape[-2], devices=self.devices)
+        return programs.zeros(tree.get(params, f"{first}/kernel").shape[-2], devices=self.devices)
 
 
 def place_shards(devices: DataMesh, array: Any) -> jax.Array:
@@ -278,29 +268,8 @@ def place_shards(devices: DataMesh, array: Any) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def _specs(params: Any) -> Specs:
+def _specs(params: Any) -> programs.Specs:
     return tuple(leaf.sharding.spec for leaf in jax.tree.leaves(params))
-
-
-def _tree_of(params: Any, specs: Specs) -> Any:
-    return jax.tree.unflatten(jax.tree.structure(params), specs)
-
-
-def _gathered(params: Any, specs: Specs, axis: str) -> Any:
-    """Shards -> whole arrays.  The compiler drops what the program does not read."""
-    whole = [
-        _all_gather(a, axis, tuple(spec).index(axis)) if axis in spec else a
-        for a, spec in zip(jax.tree.leaves(params), specs, strict=True)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(params), whole)
-
-
-def _all_gather(a: jax.Array, axis: str, at: int) -> jax.Array:
-    if a.dtype.itemsize > 1 or not jnp.issubdtype(a.dtype, jnp.floating):
-        return lax.all_gather(a, axis, axis=at, tiled=True)
-    # As bytes: some backends would send float8 as float16.
-    whole = lax.all_gather(lax.bitcast_convert_type(a, jnp.uint8), axis, axis=at, tiled=True)
-    return lax.bitcast_convert_type(whole, a.dtype)
 
 
 def _merged(parts: Sequence[tuple[list[int], RoundedGroup]]) -> RoundedGroup:
@@ -324,153 +293,3 @@ def _merged(parts: Sequence[tuple[list[int], RoundedGroup]]) -> RoundedGroup:
         ordered(group.kernels for group in groups),
         report,
     )
-
-
-# The programs
-
-
-@functools.partial(jax.jit, static_argnames=("devices", "specs"))
-def _prepare(params, *, devices: DataMesh, specs: Specs):
-    axis = devices.axis
-
-    def local(params):
-        wide, finite = prepare_block(params)
-        flags, structure = jax.tree.flatten(finite)
-        bad = lax.psum(jnp.stack(flags).astype(jnp.float32) - 1.0, axis)
-        return wide, jax.tree.unflatten(structure, list(bad == 0))
-
-    cuts = _tree_of(params, specs)
-    return jax.shard_map(
-        local, mesh=devices.mesh, in_specs=(cuts,), out_specs=(cuts, P()), check_vma=False
-    )(params)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "kind", "index", "devices", "specs"))
-def _stage(params, stream, stats, counts, *, model, kind, index, devices: DataMesh, specs: Specs):
-    """(x, carry, finite, stats): of every device its rows and sums, but all flags."""
-    axis = devices.axis
-
-    def local(params, stream, stats, count):
-        # In the dtype of the products before they travel.
-        params = _gathered(ready(params, stream.x.dtype), specs, axis)
-        stats = jax.tree.map(lambda a: a[0], stats)
-        made = run_samples(model, kind, index, params, stream, stats, count[0])
-        finite = lax.all_gather(made.finite, axis, tiled=True)
-        sums = jax.tree.map(lambda a: a[None], made.stats)
-        return made.stream.x, made.stream.carry, finite, sums
-
-    rows = P(axis)
-    return jax.shard_map(
-        local,
-        mesh=devices.mesh,
-        in_specs=(_tree_of(params, specs), rows, rows, rows),
-        out_specs=(rows, rows, P(), rows),
-        check_vma=False,
-    )(params, stream, stats, counts)
-
-
-@functools.partial(jax.jit, static_argnames=("k", "devices"))
-def _zeros(k: int, *, devices: DataMesh) -> InputStats:
-    """Statistics of no tokens for every device, [D, ...]."""
-    return jax.shard_map(
-        lambda: jax.tree.map(lambda a: a[None], statistics.init(k)),
-        mesh=devices.mesh,
-        in_specs=(),
-        out_specs=P(devices.axis),
-        check_vma=False,
-    )()
-
-
-@functools.partial(jax.jit, static_argnames="devices")
-def _finish(stats: InputStats, *, devices: DataMesh) -> InputStats:
-    """Statistics of all devices' tokens, on every device."""
-
-    def local(stats):
-        mine = jax.tree.map(lambda a: a[0], stats)
-        return statistics.finish(statistics.all_reduce(mine, devices.axis))
-
-    return jax.shard_map(
-        local, mesh=devices.mesh, in_specs=(P(devices.axis),), out_specs=P(), check_vma=False
-    )(stats)
-
-
-@functools.partial(jax.jit, static_argnames=("spec", "rounding", "devices"))
-def _factor(gram, spec: QuantSpec, rounding: GPTQ, *, devices: DataMesh) -> HessianFactor:
-    """See `factor_hessian`; every device does it all."""
-    return jax.shard_map(
-        lambda gram: factor_hessian(gram, spec, rounding),
-        mesh=devices.mesh,
-        in_specs=(P(),),
-        out_specs=P(),
-        check_vma=False,
-    )(gram)
-
-
-@functools.partial(jax.jit, static_argnames=("spec", "rounding", "devices", "cut"))
-def _solve(weights, stats, hessian, scale, spec, rounding, *, devices: DataMesh, cut: bool):
-    """See `solve_group`; `cut`: of each weight the device's own columns."""
-    axis = devices.axis if cut else None
-
-    def local(weights, stats, hessian, scale):
-        made = solve_group(weights, stats, hessian, scale, spec, rounding, axis)
-        # Static sizes are the whole's (see `jq.sharding`).
-        tensors = [dataclasses.replace(q, n=n) for q, n in zip(made.qtensors, columns, strict=True)]
-        return made._replace(qtensors=tuple(tensors))
-
-    columns = [w.shape[1] for w in weights]
-    whole = jax.eval_shape(
-        lambda *args: solve_group(*args, spec, rounding).qtensors, weights, stats, hessian, scale
-    )
-    cuts: Any = (tuple(partition_specs(q, n=axis) for q in whole), P(None, axis), P())
-    return jax.shard_map(
-        local,
-        mesh=devices.mesh,
-        in_specs=(P(None, axis), P(), P(), P()),
-        out_specs=RoundedGroup(*cuts),
-        check_vma=False,
-    )(weights, stats, hessian, scale)
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("model", "kind", "index", "specs", "method", "devices", "cuts", "rows"),
-)
-def _choose(
-    params,
-    stream,
-    stats,
-    counts,
-    *,
-    model,
-    kind,
-    index,
-    specs,
-    method,
-    devices: DataMesh,
-    cuts: Specs,
-    rows: int,
-) -> Scaling:
-    """See `choose_scale`."""
-    axis = devices.axis
-
-    def local(params, stream, stats, count):
-        return choose_scale(
-            model,
-            kind,
-            index,
-            _gathered(params, cuts, axis),
-            jax.tree.map(lambda a: a[:rows], stream),
-            stats,
-            specs=specs,
-            method=method,
-            real=jnp.arange(rows) < count[0],
-            axis_name=axis,
-        )
-
-    return jax.shard_map(
-        local,
-        mesh=devices.mesh,
-        in_specs=(_tree_of(params, cuts), P(axis), P(), P(axis)),
-        out_specs=P(),
-        check_vma=False,
-    )(params, stream, stats, counts)

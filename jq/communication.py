@@ -1,6 +1,6 @@
 """What the devices of a mesh exchange to quantize a block, and what each of them computes.
 
-The programs are those of `jq.calib.many_devices`; the tests read every collective of the compiled
+The programs are those of `jq.calib.mesh_programs`; the tests read every collective of the compiled
 ones and compare.  For D devices, linears [K, N] in groups that share an input, hidden states of c
 bytes a number:
 

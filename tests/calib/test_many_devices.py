@@ -19,7 +19,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from jq import tree
-from jq.calib import CalibrationConfig, calibration_from_tokens, many_devices
+from jq.calib import CalibrationConfig, calibration_from_tokens, mesh_programs
 from jq.calib.driver import TreeSource, quantize_blocks, quantize_model
 from jq.communication import collectives, share
 from jq.data_mesh import DataMesh, checked_mesh, columns_are_cut, data_mesh, shard_axis
@@ -44,13 +44,13 @@ pytestmark = pytest.mark.usefixtures("fast_compiles")
 _BLOCK = {"model", "kind", "index", "devices", "specs"}
 # The programs of a mesh, and their static arguments.
 PROGRAMS = {
-    "_prepare": {"devices", "specs"},
-    "_stage": _BLOCK,
-    "_zeros": {"k", "devices"},
-    "_finish": {"devices"},
-    "_factor": {"spec", "rounding", "devices"},
-    "_solve": {"spec", "rounding", "devices", "cut"},
-    "_choose": _BLOCK | {"method", "cuts", "rows"},
+    "prepare": {"devices", "specs"},
+    "stage": _BLOCK,
+    "zeros": {"k", "devices"},
+    "finish": {"devices"},
+    "factor": {"spec", "rounding", "devices"},
+    "solve": {"spec", "rounding", "devices", "cut"},
+    "choose": _BLOCK | {"method", "cuts", "rows"},
 }
 INT4 = QuantSpec("int4", 8)
 SAMPLES, LENGTH = 27, 8  # three devices get four samples, five get three
@@ -91,7 +91,7 @@ def masked() -> np.ndarray:
 
 
 def recorder(patch) -> hlo.Recorder:
-    return hlo.Recorder(patch, many_devices, PROGRAMS)
+    return hlo.Recorder(patch, mesh_programs, PROGRAMS)
 
 
 def expected(model, params, recipe, tokens, hidden) -> hlo.Found:
