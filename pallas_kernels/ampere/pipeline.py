@@ -19,7 +19,8 @@ from jq.pallas_kernels.compat import mgpu, nvvm, pl, plgpu, store_to_global
 
 # Copies are not predicated: what is copied has to be there.
 IN_BOUNDS = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
-# Barriers are where this module puts them: one for each stage, and those of `store`.
+# Barriers are where this module puts them: one for each stage, one after the last, and that of
+# `store`.
 COMPILER = plgpu.CompilerParams(
     approx_math=True,
     unsafe_no_auto_barriers=True,
