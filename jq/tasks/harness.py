@@ -72,7 +72,8 @@ def load_tasks(names: Sequence[str], options: TaskOptions) -> dict[str, Any]:
     Args:
         names: of tasks, groups or tags, patterns of them ("mmlu_*"), or YAML files.
         options: where else to look.
-    Raises: SpecError for an unknown name, with names that are close; for data that cannot be had.
+    Raises: SpecError for an unknown name, with names that are close; for data that cannot be had;
+        for tasks with images, or that run what a model writes.
     """
     return {name: list(loaded["tasks"].values()) for name, loaded in _load(names, options).items()}
 
@@ -160,7 +161,18 @@ def _load(names: Sequence[str], options: TaskOptions) -> dict[str, dict[str, Any
                     f"task {name!r} cannot be loaded: {_short(error)}; its data must be in reach "
                     "(the network, or what was downloaded before), or be files of yours"
                 ) from error
+    for loaded in found.values():
+        for name, task in loaded["tasks"].items():
+            _check_kind(name, task)
     return found
+
+
+def _check_kind(name: str, task: Any) -> None:
+    """Raise SpecError for tasks that language models of ours cannot or shall not do."""
+    if getattr(task, "UNSAFE_CODE", False):
+        raise SpecError(f"task {name!r} runs programs that the model writes, which we do not")
+    if getattr(task, "MULTIMODAL", False):
+        raise SpecError(f"task {name!r} shows images or sounds, which our models do not take")
 
 
 def _set_shots(task: Any, options: TaskOptions) -> None:

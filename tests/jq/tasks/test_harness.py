@@ -180,6 +180,15 @@ def test_data_out_of_reach_are_told(tasks, tmp_path):
         load_tasks(("lost",), TaskOptions(include_path=str(tmp_path)))
 
 
+@pytest.mark.parametrize("kind", ["UNSAFE_CODE", "MULTIMODAL"])
+def test_what_models_cannot_or_shall_not_do_is_refused(tasks, monkeypatch, kind):
+    from lm_eval.api.task import ConfigurableTask
+
+    monkeypatch.setattr(ConfigurableTask, kind, True, raising=False)
+    with pytest.raises(SpecError, match=r"task 'flies' (runs programs|shows images)"):
+        load_tasks(("flies",), TaskOptions(include_path=tasks))
+
+
 def test_descriptions_depend_on_the_items_and_on_nothing_else(tasks):
     options = TaskOptions(include_path=tasks)
     (task,) = load_tasks(("flies",), options)["flies"]
