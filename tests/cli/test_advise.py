@@ -13,7 +13,7 @@ def test_the_answer_names_method_room_and_command(call):
     assert (done.code, done.err) == (0, "")
     first, *lines = done.out.splitlines()
     assert first == "llama-2-70b on a100-40gb: gptq"
-    assert any(line.split()[:3] == ["int4", "36.6", "GB"] and "5,848" in line for line in lines)
+    assert any(line.split()[:3] == ["int4", "36.6", "GB"] and "7,282" in line for line in lines)
     assert any(line.split()[:3] == ["unquantized", "138.0", "GB"] for line in lines)
     assert "0.328 MB each" in done.out
     command = "jaxq quantize path/to/llama-2-70b --out OUT --method gptq --calib-dataset TEXT"
