@@ -83,13 +83,17 @@ def shared_plan(kernels: Sequence[Any]) -> Plan | None:
     return None if plans or plan.activation.static else plan
 
 
-def quantize_input(x: jax.Array, plan: Plan, static: jax.Array | None = None):
+def quantize_input(
+    x: jax.Array, plan: Plan, static: jax.Array | None = None
+) -> QuantizedActivations:
     """x [..., K] in 8 bits; static: the scale, where it was fixed in calibration."""
     codes, scale = _codes(jax.lax.stop_gradient(x), plan, static)
     return QuantizedActivations(x, codes, scale, plan)
 
 
-def normalised_input(x: jax.Array, gain: jax.Array, epsilon: float, plan: Plan):
+def normalised_input(
+    x: jax.Array, gain: jax.Array, epsilon: float, plan: Plan
+) -> QuantizedActivations:
     """`quantize_input(rms_norm(x, gain, epsilon), plan)`, in one kernel where there is one."""
     normed = rms_norm(x, gain, epsilon)
     if plan.group is None and _has_kernel(x, plan, norm=True):
