@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -379,7 +380,7 @@ class _BlockWork:
 
     def _check_statistics(self, index: int, stats: InputStats | None) -> None:
         assert stats is not None
-        seen, trace = int(stats.count), float(np.trace(np.asarray(stats.gram)))
+        seen, trace = int(stats.count), float(jnp.trace(stats.gram))
         path = f"{self.name}/{self.groups[index].linears[0]}"
         if seen != self.fed or seen == 0:
             raise CalibrationError(f"{path}: statistics saw {seen} tokens, but {self.fed} were fed")

@@ -24,9 +24,28 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Most of the time goes into compiling: what one worker, or an earlier run, has compiled is kept.
-jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache/jax"))
-jax.config.update("jax_compilation_cache_max_size", 2**30)
+COMPILED = Path(__file__).parents[1] / ".pytest_cache/jax"
+MAX_COMPILED_BYTES = 2**30
+jax.config.update("jax_compilation_cache_dir", str(COMPILED))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Forget the programs that were compiled first where the cache has become too large.
+
+    JAX can bound it too, but then looks at every file, under a lock, whenever it adds one.
+    """
+    if hasattr(session.config, "workerinput") or not COMPILED.is_dir():
+        return  # one process looks after it
+    files = sorted(
+        (file for file in COMPILED.iterdir() if file.is_file()), key=lambda f: f.stat().st_mtime
+    )
+    excess = sum(file.stat().st_size for file in files) - MAX_COMPILED_BYTES
+    for file in files:
+        if excess <= 0:
+            return
+        excess -= file.stat().st_size
+        file.unlink(missing_ok=True)
 
 
 @pytest.fixture(autouse=True)
