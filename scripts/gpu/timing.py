@@ -81,12 +81,17 @@ def by_kernel(
 
 
 def wall_us(program: Any, args: Sequence[Any]) -> float:
-    """Microseconds per call in a row of calls: the slope between a few and three times as many."""
+    """Microseconds per call in a row of calls: the slope between a few and three times as many.
+
+    Where others disturb the machine so much that more calls take less time, the mean of those.
+    """
     once = max(_seconds(program, args, 1), 1e-6)
     few = max(2, min(100, round(_WALL_S / once)))
-    short = [_seconds(program, args, few) for _ in range(3)]
-    long = [_seconds(program, args, 3 * few) for _ in range(3)]
-    return 1e6 * max(statistics.median(long) - statistics.median(short), 0.0) / (2 * few)
+    short = statistics.median(_seconds(program, args, few) for _ in range(3))
+    long = statistics.median(_seconds(program, args, 3 * few) for _ in range(3))
+    if long <= short:
+        return 1e6 * long / (3 * few)
+    return 1e6 * (long - short) / (2 * few)
 
 
 def _seconds(program: Any, args: Sequence[Any], calls: int) -> float:

@@ -241,9 +241,18 @@ def test_ceilings_on_a_small_scale(monkeypatch):
     monkeypatch.setattr(timing, "_WALL_S", 1e-3)
     assert ceilings.copy("wall", 1 << 16)["gbs"] > 0
     assert ceilings.read("wall", 1 << 16)["gbs"] > 0
-    # Large enough to take longer than a call of nothing, which is subtracted.
     assert ceilings.matmul("wall", 512)["tflops"] > 0
-    assert ceilings.launch("wall")["us"] >= 0
+    assert ceilings.launch("wall")["us"] > 0
+
+
+@pytest.mark.parametrize(
+    ("few", "more", "us"), [(2.0, 8.0, 6.0 / 4), (5.0, 3.0, 3.0 / 6)], ids=["quiet", "disturbed"]
+)
+def test_time_per_call_by_the_wall(monkeypatch, few, more, us):
+    """Two calls, then six: their slope, or the mean of the six where that is none."""
+    seconds = {1: 1.0, 2: few * 1e-6, 6: more * 1e-6}
+    monkeypatch.setattr(timing, "_seconds", lambda program, args, calls: seconds[calls])
+    assert timing.wall_us(None, []) == pytest.approx(us)
 
 
 def test_times_of_kernels(monkeypatch):
