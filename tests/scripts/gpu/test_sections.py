@@ -95,7 +95,8 @@ def test_candidates_are_valid_and_differ(m, shape):
         assert config.shared_bytes() < 227 * 1024
         refined = candidates.refinements(config)
         assert config not in refined
-    assert any(isinstance(c, DecodeConfig) for c in found) == (m <= 256)
+    few = [c for c in found if isinstance(c, DecodeConfig)]
+    assert len(few) >= 5 if m <= 256 else not few
     assert any(isinstance(c, PrefillConfig) for c in found) == (m > 32)
 
 
