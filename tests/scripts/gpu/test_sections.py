@@ -90,7 +90,7 @@ def test_configs_survive_json():
 @pytest.mark.parametrize("shape", [(4096, 4096), (28672, 8192)])
 def test_candidates_are_valid_and_differ(m, shape):
     found = candidates.configs(Problem(m, *shape))
-    assert 3 <= len(found) == len(set(found)) <= 2 * candidates.MOST
+    assert 3 <= len(found) == len(set(found)) <= 1 + 2 * candidates.MOST
     for config in found:
         assert config.shared_bytes() < 227 * 1024
         refined = candidates.refinements(config)
