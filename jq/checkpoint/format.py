@@ -7,8 +7,8 @@
 
 Inside a part every array is an uncompressed Zarr v2 array, so a file of data is exactly the
 little-endian C-order bytes of its chunk, and `sha256sum` prints the digest of the manifest. Arrays
-that several processes wrote have a chunk, and a digest, for each of their shards; all others have
-one of each. Only the former need format version 2.
+that several processes wrote have a chunk, and a digest, for each of their shards, and are read in
+parts by those who need no more; all others have one of each. Only the former need format version 2.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Sharding
 
 from jq import tree
 
@@ -69,14 +70,20 @@ def stored_arrays(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def load_tree(folder: Path, target: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the arrays that `target` (nested dict of arrays of the right dtype and shape) names."""
+    """Read the arrays that `target`, a nested dict of what `abstract` gives, names.
+
+    They are NumPy arrays, and jax.Arrays where the target has a sharding. Of those, this process
+    reads the chunks that its own devices need, each once.
+    """
     ocp = _orbax()
     with _quiet(), _context(ocp):
         return ocp.load(folder, dict(target), checkpointable_name=STATE)
 
 
-def abstract(dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+def abstract(dtype: Any, shape: tuple[int, ...], sharding: Sharding | None = None) -> Any:
     """A target for `load_tree` that takes no memory."""
+    if sharding is not None:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
     return np.broadcast_to(np.zeros((), dtype), shape)
 
 

@@ -10,11 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 
 from jq import tree
 from jq.checkpoint import format as fmt
 from jq.checkpoint import orbax_io
 from jq.checkpoint.digests import array_digest, file_entry, in_threads
+from jq.checkpoint.direct import chunk_digests, direct_sharding, misfits
 from jq.checkpoint.format import ArrayEntry, Manifest, PartEntry, QTensorEntry
 from jq.checkpoint.manifest import parse_manifest
 from jq.checkpoint.parts import check_part, nest
@@ -78,8 +80,10 @@ def load_params(
       verify: compare the digest of every tensor. Sizes, shapes and dtypes are compared always.
       shardings: maps an array's path ("layers_0/mlp/up_proj/kernel/codes") and shape to the
         jax.sharding.Sharding it shall have; None, as a function or as a result, is JAX's default
-        device. Every process of a multi-host program reads and verifies whole tensors, one part at
-        a time, and keeps its own shards.
+        device. Arrays that have a digest per chunk (see `jq.checkpoint.format`), and whose shards
+        are made of whole chunks, are restored straight into it: every process reads and verifies
+        the chunks of its own devices only. Of all other arrays it reads and verifies the whole,
+        one part at a time, and keeps its own shards.
       parts: which top-level keys to load; all when None.
     Returns: nested dicts of jax.Array and QTensor, bit for bit what was written.
     Raises: CheckpointError naming the tensor and what disagrees; nothing is ever cast.
@@ -110,18 +114,21 @@ def iter_parts(
         raise CheckpointError(f"{folder} is a symbolic link; copy it with its links resolved")
     for name in names:
         part = manifest.parts[name]
-        arrays = read_part(folder / name, name, part, verify=verify)
+        arrays = _read_part(folder / name, name, part, verify, shardings)
         yield name, part_tree(name, part, arrays, shardings)
 
 
 def part_tree(
     name: str,
     part: PartEntry,
-    arrays: Mapping[str, np.ndarray],
+    arrays: Mapping[str, Any],
     shardings: Shardings | None = None,
 ) -> Any:
-    """The subtree of a part whose arrays were read."""
-    placed = {key: place_array(key, array, shardings) for key, array in arrays.items()}
+    """The subtree of a part whose arrays were read.  jax.Arrays stay where they are."""
+    placed = {
+        key: array if isinstance(array, jax.Array) else place_array(key, array, shardings)
+        for key, array in arrays.items()
+    }
     return nest(_tensors(part, placed))[name]
 
 
@@ -130,31 +137,52 @@ def read_part(folder: Path, name: str, part: PartEntry, *, verify: bool) -> dict
 
     Raises: see `load_params`.
     """
+    return _read_part(folder, name, part, verify, None)
+
+
+def _read_part(
+    folder: Path, name: str, part: PartEntry, verify: bool, shardings: Shardings | None
+) -> dict[str, Any]:
+    """Every array of a part, on the host, or on its devices where it can go straight there."""
     check_part(folder, part, verify=verify)
     entries = dict(part.arrays())
     stored = {path: entry for path, entry in entries.items() if entry.nbytes}
-    arrays = _read_stored(folder, name, stored) if stored else {}
+    orders = {
+        f"{path}/order"
+        for path, entry in part.tensors.items()
+        if isinstance(entry, QTensorEntry) and "order" in entry.fields
+    }
+    direct = {
+        path: sharding
+        for path, entry in stored.items()
+        if shardings is not None and entry.chunks
+        if path not in orders  # which are looked at on the host
+        if (sharding := direct_sharding(path, entry, shardings(path, entry.shape))) is not None
+    }
+    arrays = _read_stored(folder, name, stored, direct) if stored else {}
     for path, entry in entries.items():
         if not entry.nbytes:
             arrays[path] = np.zeros(entry.shape, jnp.dtype(entry.dtype))
     if verify:
         in_threads(lambda path: _check_digest(path, arrays[path], entries[path]), entries)
-    for path, entry in part.tensors.items():
-        if isinstance(entry, QTensorEntry) and "order" in entry.fields:
-            _check_order(f"{path}/order", arrays[f"{path}/order"])
+    for path in orders:
+        _check_order(path, arrays[path])
     return {path: arrays[path] for path in entries}
 
 
 def _read_stored(
-    folder: Path, name: str, entries: Mapping[str, ArrayEntry]
-) -> dict[str, np.ndarray]:
-    target = {p: orbax_io.abstract(jnp.dtype(e.dtype), e.shape) for p, e in entries.items()}
+    folder: Path, name: str, entries: Mapping[str, ArrayEntry], direct: Mapping[str, Sharding]
+) -> dict[str, Any]:
+    target = {
+        path: orbax_io.abstract(jnp.dtype(entry.dtype), entry.shape, direct.get(path))
+        for path, entry in entries.items()
+    }
     try:
         # Orbax would cast to the target's dtype without a word: compare before it can.
         found = orbax_io.stored_arrays(folder)
         _check_stored(folder, found, entries)
         arrays = dict(tree.leaves(orbax_io.load_tree(folder, nest(target))))
-    except CheckpointError:
+    except (CheckpointError, jax.errors.JaxRuntimeError):  # the latter: a device has no room
         raise
     except Exception as error:  # whatever Orbax, TensorStore or JSON make of damaged files
         reason = str(error).partition("\n")[0]
@@ -181,17 +209,24 @@ def _check_stored(
             )
 
 
-def _check_digest(path: str, array: np.ndarray, entry: ArrayEntry) -> None:
-    places: list[Any] = [...]
-    if entry.chunks:
-        places = chunk_slices(entry.shape, entry.chunk_shape)
-    for place, wanted in zip(places, entry.chunks or (entry.sha256,), strict=True):
-        found = array_digest(array[place])
+def _check_digest(path: str, array: np.ndarray | jax.Array, entry: ArrayEntry) -> None:
+    for found, wanted in _digests(array, entry):
         if found != wanted:
             raise CheckpointError(
                 f"{path}: sha256 of the stored data is {found}, but the manifest says {wanted}: "
                 "the data is damaged; copy it again"
             )
+
+
+def _digests(array: np.ndarray | jax.Array, entry: ArrayEntry) -> Iterator[tuple[str, str]]:
+    if isinstance(array, jax.Array):
+        yield from chunk_digests(entry, array)
+        return
+    places: list[Any] = [...]
+    if entry.chunks:
+        places = chunk_slices(entry.shape, entry.chunk_shape)
+    for place, wanted in zip(places, entry.chunks or (entry.sha256,), strict=True):
+        yield array_digest(array[place]), wanted
 
 
 def _check_order(path: str, order: np.ndarray) -> None:
@@ -205,12 +240,8 @@ def place_array(path: str, array: np.ndarray, shardings: Shardings | None) -> ja
     sharding = None if shardings is None else shardings(path, array.shape)
     if sharding is None:
         return jnp.asarray(array)
-    try:
+    with misfits(path, array.shape, sharding):
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path}: shape {list(array.shape)} does not go with {sharding}: {error}"
-        ) from error
 
 
 def _tensors(part: PartEntry, arrays: Mapping[str, jax.Array]) -> dict[str, Any]:

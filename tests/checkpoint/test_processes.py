@@ -1,6 +1,5 @@
 """Programs of several processes read checkpoints, each for itself, and write them together."""
 
-import dataclasses
 import hashlib
 import json
 import shutil
@@ -9,9 +8,8 @@ import numpy as np
 import pytest
 
 from jq.checkpoint import load_params, read_manifest
-from jq.checkpoint.digests import array_digest, bytes_entry, joint_digest
 from jq.errors import CheckpointError
-from tests.checkpoint.trees import assert_same, digests, small_tree, write
+from tests.checkpoint.trees import assert_same, cut_into_chunks, digests, small_tree, write
 from tests.processes import run_processes
 
 PROGRAM = """
@@ -87,22 +85,7 @@ def test_two_processes(tmp_path):
 def chunked(tmp_path_factory):
     """A checkpoint as two processes write it, made by one: chunks of 8 columns."""
     path = write(tmp_path_factory.mktemp("chunked") / "q", {"a": {"w": WIDE}})
-    folder = path / "params/a/state/a.w"
-    for index, part in enumerate(np.split(WIDE, 2, axis=1)):
-        (folder / f"0.{index}").write_bytes(part.tobytes())
-    meta = folder / ".zarray"
-    meta.write_text(meta.read_text().replace("[4,16]", "[4,8]", 1))
-    manifest = json.loads((path / "jaxq.json").read_text())
-    manifest["format_version"] = 2
-    part = manifest["parts"]["a"]
-    part["files"]["state/a.w/.zarray"] = dataclasses.asdict(bytes_entry(meta.read_bytes()))
-    chunks = [array_digest(part) for part in np.split(WIDE, 2, axis=1)]
-    part["tensors"]["a/w"] |= {
-        "sha256": joint_digest(chunks),
-        "chunk_shape": [4, 8],
-        "chunks": chunks,
-    }
-    (path / "jaxq.json").write_text(json.dumps(manifest))
+    cut_into_chunks(path, "a/w", (4, 8))
     return path
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 from pathlib import Path
 
 import jax
@@ -10,6 +11,8 @@ import numpy as np
 
 from jq import qtensor
 from jq.checkpoint import CheckpointWriter
+from jq.checkpoint.digests import array_digest, bytes_entry, joint_digest
+from jq.checkpoint.shards import chunk_slices
 from jq.qtensor import QTensor
 from jq.spec import QuantSpec, w4a16, w8a8
 
@@ -109,3 +112,29 @@ def data_file(folder: Path, path: str) -> Path:
     part = path.split("/")[0]
     (file,) = (folder / "params" / part / "state" / path.replace("/", ".")).glob("[0-9]*")
     return file
+
+
+def cut_into_chunks(folder: Path, path: str, chunk: tuple[int, ...]) -> None:
+    """Store an array of a checkpoint in chunks of this shape, as several processes write it.
+
+    path: a plain array's, or that of a field of a QTensor (".../kernel/codes").
+    """
+    manifest = json.loads((folder / "jaxq.json").read_text())
+    part = manifest["parts"][path.split("/")[0]]
+    owner, _, field = path.rpartition("/")
+    tensors = part["tensors"]
+    entry = tensors[path] if path in tensors else tensors[owner]["fields"][field]
+    file, shape = data_file(folder, path), entry["shape"]
+    array = np.frombuffer(file.read_bytes(), jnp.dtype(entry["dtype"])).reshape(shape)
+    file.unlink()
+    pieces = [array[place] for place in chunk_slices(array.shape, chunk)]
+    for piece, at in zip(pieces, np.ndindex(*np.floor_divide(shape, chunk)), strict=True):
+        file.with_name(".".join(map(str, at))).write_bytes(piece.tobytes())
+    zarray = file.with_name(".zarray")
+    zarray.write_text(json.dumps(json.loads(zarray.read_text()) | {"chunks": chunk}))
+    name = zarray.relative_to(folder / "params" / path.split("/")[0]).as_posix()
+    part["files"][name] = dataclasses.asdict(bytes_entry(zarray.read_bytes()))
+    found = [array_digest(piece) for piece in pieces]
+    entry |= {"sha256": joint_digest(found), "chunk_shape": chunk, "chunks": found}
+    manifest["format_version"] = 2
+    (folder / "jaxq.json").write_text(json.dumps(manifest))

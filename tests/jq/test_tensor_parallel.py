@@ -29,7 +29,7 @@ from jq.sharded import ShardedTensor
 from jq.spec import QuantSpec, w8a8
 from jq.tensor_parallel import TensorParallel, Weight, tensor_mesh, unsharded
 from tests.calib import hlo
-from tests.checkpoint.trees import assert_same
+from tests.checkpoint.trees import assert_same, cut_into_chunks
 from tests.models import checkpoints
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +46,12 @@ RAW = checkpoints.CONFIGS["llama3"] | {
     "vocab_size": 64,
 }
 INT4 = QuantSpec("int4", 8)
+CHUNKS = {
+    "layers_0/attention/q_proj/kernel/codes": (32, 8),
+    "layers_0/attention/o_proj/kernel/codes": (4, 64),
+    "embed/embedding": (8, 64),
+    "lm_head/kernel": (64, 8),
+}
 TOKENS = np.random.default_rng(1).integers(0, 64, (2, 6), dtype=np.int32)
 
 
@@ -179,6 +185,11 @@ def test_checkpoints_go_from_mesh_to_mesh(tmp_path):
         for n in ("whole", source)
     ]
     assert files[0] == files[1]
+    # As eight processes write them: each device is given its own chunks.
+    for path, chunk in CHUNKS.items():
+        cut_into_chunks(tmp_path / "whole", path, chunk)
+    for mesh, axis in meshes().values():
+        assert_same(unsharded(jq.load(tmp_path / "whole", mesh=mesh, axis=axis)[1]), params)
     with pytest.raises(SpecError, match="give one of them"):
         jq.load(tmp_path / "whole", mesh=tensor_mesh(2), shardings=lambda path, shape: None)
 
