@@ -200,15 +200,20 @@ class Team:
           step: what it is, for the messages.
           function: returns a JSON value.
         Returns: the values of all processes, in order.
-        Raises: what `function` raises; what it raised in another process; ProcessError when another
-          process does not come in time, or is at another step.
+        Raises: what `function` raises, unless another process had failed before: then what it
+          raised there; ProcessError when another process does not come in time, or is at another
+          step.
         """
         if self.count == 1:
             return [function()]
         try:
             value = function()
         except BaseException as error:
-            self._tell(error)
+            # Where another one has failed before, this may be what it took along: a folder, say.
+            cause = self.failure() if isinstance(error, JaxqError | OSError) else None
+            self._tell(cause or error)
+            if cause is not None:
+                raise cause from error
             raise
         return self._meet(step, value)
 

@@ -127,6 +127,32 @@ def test_an_error_between_the_steps_is_heard_at_the_next():
     assert "layers_3: NaN" in str(results[1])
 
 
+def test_an_error_after_that_of_another_is_taken_for_its_consequence():
+    """Process 0 fails and takes its folder along; where that is missed, 0's error is told."""
+    failed = threading.Event()
+
+    def program(team):
+        def fail():
+            raise CheckpointError("a: is no array")
+
+        def miss():
+            failed.wait(10)
+            raise OutputError("the folder is gone")
+
+        try:
+            team.attempt("written", miss if team.index else fail)
+        finally:
+            failed.set()
+
+    results, _ = together(3, program)
+    assert str(results[0]) == "a: is no array"
+    for result in results[1:]:
+        assert isinstance(result, CheckpointError)
+        assert "process 0 of 3" in str(result)
+        assert "a: is no array" in str(result)
+        assert isinstance(result.__cause__, OutputError)
+
+
 def test_what_follows_from_an_error_is_not_told_as_its_cause():
     """Process 1 waits in vain for a program of process 0, whose own error is the cause."""
 
