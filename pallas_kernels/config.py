@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 SHARED_MEMORY = 227 * 1024  # bytes that a block may use on compute capability 9.0
+BARRIERS = 1024  # bytes that they and alignment take at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,15 +31,15 @@ class DecodeConfig:
     pdl: bool = False
 
     def __post_init__(self):
-        _member(self, "block_m", (8, 16, 32, 64))
-        _member(self, "slices", (2, 3, 4))
-        _member(self, "stages", range(2, 17))
-        _member(self, "warpgroups", (1, 2, 3))
-        _member(self, "tiles", (1, 2))
-        _member(self, "split", (1, 2, 4, 8))
+        member(self, "block_m", (8, 16, 32, 64))
+        member(self, "slices", (2, 3, 4))
+        member(self, "stages", range(2, 17))
+        member(self, "warpgroups", (1, 2, 3))
+        member(self, "tiles", (1, 2))
+        member(self, "split", (1, 2, 4, 8))
         if self.block_n > 256:
             raise ValueError(f"{self}: one copy brings 256 columns at most, not {self.block_n}")
-        _fits(self)
+        fits(self, BARRIERS)
 
     @property
     def block_n(self) -> int:
@@ -79,9 +80,9 @@ class PrefillConfig:
     block_n = 128
 
     def __post_init__(self):
-        _member(self, "block_m", (64, 128, 256))
-        _member(self, "stages", range(2, 17, 2))
-        _fits(self)
+        member(self, "block_m", (64, 128, 256))
+        member(self, "stages", range(2, 17, 2))
+        fits(self, BARRIERS)
 
     @property
     def name(self) -> str:
@@ -96,16 +97,21 @@ class PrefillConfig:
 Config = DecodeConfig | PrefillConfig
 
 
-def _member(config, name: str, allowed) -> None:
+def member(config, name: str, allowed) -> None:
+    """Raise ValueError for a field that is none of the allowed values."""
     if getattr(config, name) not in allowed:
         raise ValueError(f"{config}: {name} has to be one of {', '.join(map(str, allowed))}")
 
 
-def _fits(config) -> None:
-    # Barriers and alignment take up to a kilobyte.
-    needed = config.shared_bytes() + 1024
-    if needed > SHARED_MEMORY:
+def fits(
+    config,
+    spare: int,
+    there_are: int = SHARED_MEMORY,
+    way_out: str = "fewer stages, or a smaller split",
+) -> None:
+    """Raise ValueError where a block's shared memory does not hold the config and `spare` bytes."""
+    needed = config.shared_bytes() + spare
+    if needed > there_are:
         raise ValueError(
-            f"{config} needs {needed} bytes of shared memory, there are {SHARED_MEMORY}: "
-            "take fewer stages, or a smaller split"
+            f"{config} needs {needed} bytes of shared memory, there are {there_are}: take {way_out}"
         )

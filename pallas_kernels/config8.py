@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from jq.pallas_kernels.config import SHARED_MEMORY
+from jq.pallas_kernels.config import fits, member
 
 SLICE = 128  # inputs that are multiplied at once: a row of them fills the swizzle's 128 bytes
 BARRIERS = 512  # bytes that they take at most
@@ -31,12 +31,12 @@ class Decode8Config:
     pdl: bool = False
 
     def __post_init__(self):
-        _member(self, "block_m", (8, 16, 32, 64))
-        _member(self, "slices", (1, 2, 3, 4))
-        _member(self, "stages", range(2, 17))
-        _member(self, "warpgroups", (1, 2, 3, 4))
-        _member(self, "split", (1, 2, 4, 8))
-        _fits(self)
+        member(self, "block_m", (8, 16, 32, 64))
+        member(self, "slices", (1, 2, 3, 4))
+        member(self, "stages", range(2, 17))
+        member(self, "warpgroups", (1, 2, 3, 4))
+        member(self, "split", (1, 2, 4, 8))
+        fits(self, BARRIERS)
 
     @property
     def block_n(self) -> int:
@@ -80,15 +80,15 @@ class Prefill8Config:
     snake: int = 8
 
     def __post_init__(self):
-        _member(self, "warpgroups", (1, 2, 3))
-        _member(self, "block_n", (64, 128, 192, 256))
-        _member(self, "stages", range(2, 17))
-        _member(self, "multicast", (None, "x", "w"))
+        member(self, "warpgroups", (1, 2, 3))
+        member(self, "block_n", (64, 128, 192, 256))
+        member(self, "stages", range(2, 17))
+        member(self, "multicast", (None, "x", "w"))
         if self.warpgroups == 3 and self.block_n > 128:
             raise ValueError(
                 f"{self}: the sums of three warpgroups' 192 columns fill the registers"
             )
-        _fits(self)
+        fits(self, BARRIERS)
 
     @property
     def block_m(self) -> int:
@@ -127,17 +127,3 @@ def scale_rows(block_m: int) -> int:
 def _aligned(size: int) -> int:
     """Every piece of shared memory starts at a whole kilobyte."""
     return -(-size // 1024) * 1024
-
-
-def _member(config, name: str, allowed) -> None:
-    if getattr(config, name) not in allowed:
-        raise ValueError(f"{config}: {name} has to be one of {', '.join(map(str, allowed))}")
-
-
-def _fits(config) -> None:
-    needed = config.shared_bytes() + BARRIERS
-    if needed > SHARED_MEMORY:
-        raise ValueError(
-            f"{config} needs {needed} bytes of shared memory, there are {SHARED_MEMORY}: "
-            "take fewer stages, or a smaller split"
-        )

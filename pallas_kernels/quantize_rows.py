@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jq.pallas_kernels import reference
+from jq.pallas_kernels.capability import ADA, SERVED, spell
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Float32
@@ -16,9 +17,6 @@ if TYPE_CHECKING:
 GROUP = 128
 # Rows of smaller values count as zeros: the reciprocals of their scales might overflow.
 TINY = 2.0**-64
-# Compute capabilities, and those that convert to float8.
-CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0))
-_FP8_SINCE = (8, 9)
 _THREADS = 128
 # What the registers of a block hold; a normalised row lies in them twice.
 _ROW_BYTES = 64 * 1024
@@ -94,12 +92,11 @@ def supported_rows(
     norm: bool = False,
 ) -> str | None:
     """Why the kernel does not quantize rows of k values on such a device, or None if it does."""
-    if compute_capability not in CAPABILITIES:
-        known = ", ".join(f"{major}.{minor}" for major, minor in CAPABILITIES)
-        spelled = ".".join(map(str, compute_capability))
-        return f"the kernel is for compute capabilities {known}, not {spelled}"
-    if dtype != "int8" and compute_capability < _FP8_SINCE:
-        return f"compute capability {'.'.join(map(str, compute_capability))} has no float8"
+    if compute_capability not in SERVED:
+        known = ", ".join(map(spell, SERVED))
+        return f"the kernel is for compute capabilities {known}, not {spell(compute_capability)}"
+    if dtype != "int8" and compute_capability < ADA:
+        return f"compute capability {spell(compute_capability)} has no float8"
     return _unsupported(k, x_dtype, dtype, group, norm)
 
 

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 
 from jq.pallas_kernels import reference
 from jq.pallas_kernels.ampere.config import CAPABILITIES, W4Config
+from jq.pallas_kernels.capability import HOPPER, parse, unserved
 from jq.pallas_kernels.config import Config, DecodeConfig, PrefillConfig
 from jq.pallas_kernels.weight import W4Weight, operands, unsupported_format
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
-HOPPER = (9, 0)
 # Mosaic copies rows in tiles of 8, and lowers no array of more rows that does not divide into them.
 _TILE_ROWS = 8
 
@@ -67,8 +67,8 @@ def _ampere(rows, w: W4Weight, config, interpret: bool, capability: tuple[int, i
 
 def _hopper(rows, w: W4Weight, config, interpret: bool, capability: tuple[int, int]):
     """rows [M, K] @ w -> [M, N]."""
-    if capability != HOPPER:
-        raise ValueError(_no_kernels(capability))
+    if reason := unserved(capability):
+        raise ValueError(reason)
     m = rows.shape[0]
     config = config or choose(m, w)
     if not isinstance(config, DecodeConfig | PrefillConfig):
@@ -117,11 +117,9 @@ def supported(w: W4Weight, m: int, compute_capability: tuple[int, int] | str) ->
       m: rows of x.
       compute_capability: (9, 0), or "9.0" as devices spell it.
     """
-    if isinstance(compute_capability, str):
-        major, _, minor = compute_capability.partition(".")
-        compute_capability = int(major), int(minor or 0)
-    if compute_capability not in (HOPPER, *CAPABILITIES):
-        return _no_kernels(compute_capability)
+    compute_capability = parse(compute_capability)
+    if reason := unserved(compute_capability):
+        return reason
     if w.ndim != 2:
         return f"the weight is stacked, {w.shape}: index or scan over the leading axes first"
     if m < 1:
@@ -135,14 +133,6 @@ def supported(w: W4Weight, m: int, compute_capability: tuple[int, int] | str) ->
     if tuning.slower_than_xla(m, w.k, w.n, **_format(w)):
         return f"XLA's own product was measured to be faster for {m} rows of this shape"
     return None
-
-
-def _no_kernels(capability: tuple[int, int]) -> str:
-    spelled = ".".join(map(str, capability))
-    return (
-        "the kernels are for compute capability 8.0, 8.6 (Ampere), 8.9 (Ada) and 9.0 (Hopper), "
-        f"not {spelled}"
-    )
 
 
 def _check(x, w: W4Weight) -> None:

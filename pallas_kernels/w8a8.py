@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from jq.pallas_kernels import reference
-from jq.pallas_kernels.ampere.config import CAPABILITIES, W8Config
+from jq.pallas_kernels.ampere.config import W8Config
+from jq.pallas_kernels.capability import ADA, HOPPER, parse, spell, unserved
 from jq.pallas_kernels.config8 import Config8, Prefill8Config
 from jq.pallas_kernels.weight8 import W8Weight, unsupported_format8
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Float32, Shaped
 
-HOPPER, ADA = (9, 0), (8, 9)
 OUTPUTS = ("bfloat16", "float16")
 # Mosaic copies rows in tiles of 8, and lowers no array of more rows that does not divide into them.
 _TILE_ROWS = 8
@@ -138,9 +138,7 @@ def supported8(w: W8Weight, m: int, compute_capability: tuple[int, int] | str) -
       m: rows of x.
       compute_capability: (9, 0), or "9.0" as devices spell it.
     """
-    if isinstance(compute_capability, str):
-        major, _, minor = compute_capability.partition(".")
-        compute_capability = int(major), int(minor or 0)
+    compute_capability = parse(compute_capability)
     if reason := _no_kernels(w.dtype, compute_capability):
         return reason
     if w.ndim != 2:
@@ -167,16 +165,12 @@ def choose8(m: int, w: W8Weight) -> Config8:
 
 def _no_kernels(dtype: jnp.dtype, capability: tuple[int, int]) -> str | None:
     """Why there are no kernels for codes of a dtype on such a device, or None if there are."""
-    spelled = ".".join(map(str, capability))
-    if capability not in (HOPPER, *CAPABILITIES):
-        return (
-            "the kernels are for compute capability 8.0, 8.6 (Ampere), 8.9 (Ada) and 9.0 (Hopper), "
-            f"not {spelled}"
-        )
+    if reason := unserved(capability):
+        return reason
     if dtype != jnp.int8 and capability < ADA:
         return (
             "float8 kernels are for compute capability 8.9 (Ada) and 9.0 (Hopper): the tensor "
-            f"cores of {spelled} multiply int8"
+            f"cores of {spell(capability)} multiply int8"
         )
     return None
 

@@ -50,15 +50,15 @@ BUDGET_S = 570
 def learn(name: str, found: Mapping[str, Any], facts: dict[str, Any]) -> None:
     """What later sections, and the summary, need to know of a section's results."""
     if name == "environment":
-        from scripts.gpu import family
+        from jq.pallas_kernels.capability import HOPPER, SERVED, told
 
         device = found.get("device", {})
         facts["device"] = device.get("kind")
         cuda = device.get("platform") in ("gpu", "cuda")
-        capability = family.parse(device.get("capability")) if cuda else None
-        facts["gpu"] = capability in family.SERVED
+        capability = told(device.get("capability")) if cuda else None
+        facts["gpu"] = capability in SERVED
         if facts["gpu"]:
-            facts["hopper"] = capability == family.HOPPER
+            facts["hopper"] = capability == HOPPER
         facts["timer"] = "cupti" if found.get("cupti", {}).get("works") else "wall"
     elif name == "ceilings":
         for key, field, fact in (

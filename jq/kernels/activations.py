@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jq.kernels.choice import HOPPER, capability_of
+from jq.kernels.choice import capability_of
 from jq.kernels.operations import over_rows, quantized_rows
 from jq.pallas_kernels import reference
+from jq.pallas_kernels.capability import HOPPER
 from jq.pallas_kernels.quantize_rows import quantize_rows_reference, supported_rows
 from jq.prepared import PreparedTensor
 from jq.qtensor import QTensor

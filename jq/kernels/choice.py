@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax.extend import backend
 
 from jq.errors import SpecError
+from jq.pallas_kernels.capability import HOPPER as HOPPER
+from jq.pallas_kernels.capability import told
 from jq.pallas_kernels.w4a16 import supported
 from jq.pallas_kernels.w8a8 import OUTPUTS, supported8
 from jq.pallas_kernels.weight import W4Weight, unsupported_format, w4_weight
@@ -17,7 +19,6 @@ from jq.pallas_kernels.weight8 import W8Weight, unsupported_format8, w8_weight
 from jq.spec import QuantSpec
 from jq.support import Capability, product_of, spell, support
 
-HOPPER: Capability = (9, 0)
 W4A16, W8A8, REFERENCE = "w4a16", "w8a8", "reference"
 
 
@@ -79,12 +80,9 @@ def capability_of(device: Any = None) -> tuple[Capability | None, str]:
         if not (device.startswith("sm_") and device[3:].isdigit() and len(device) > 4):
             raise SpecError(f"device {device!r} is neither a jax.Device nor a name like 'sm_90'")
         return (int(device[3:-1]), int(device[-1])), device
-    text = getattr(device, "compute_capability", None)
-    name = f"{device.device_kind}"
-    if not isinstance(text, str) or not text.replace(".", "").isdigit():
+    found, name = told(getattr(device, "compute_capability", None)), f"{device.device_kind}"
+    if found is None:
         return None, name
-    major, _, minor = text.partition(".")
-    found = (int(major), int(minor or 0))
     return found, f"{name} (compute capability {spell(found)})"
 
 

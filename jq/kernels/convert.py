@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jq.kernels.choice import HOPPER
+from jq.pallas_kernels.capability import HOPPER
 from jq.pallas_kernels.weight import W4Weight, w4_weight
 from jq.pallas_kernels.weight8 import W8Weight, w8_weight
 from jq.prepared import PreparedTensor

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from jq.pallas_kernels.config import fits, member
+
 # Bytes of shared memory that a block may use; a multiprocessor has a kilobyte more.
 SHARED_MEMORY = {(8, 0): 163 * 1024, (8, 6): 99 * 1024, (8, 9): 99 * 1024}
 CAPABILITIES = tuple(SHARED_MEMORY)
@@ -38,12 +40,12 @@ class W4Config:
     snake: int = 8
 
     def __post_init__(self):
-        _member(self, "block_m", (16, 32, 64))
-        _member(self, "tiles", (1, 2))
-        _member(self, "slices", (1, 2, 4))
-        _member(self, "stages", range(2, 9))
-        _member(self, "split", range(1, 17))
-        _fits(self, max(SHARED_MEMORY.values()))
+        member(self, "block_m", (16, 32, 64))
+        member(self, "tiles", (1, 2))
+        member(self, "slices", (1, 2, 4))
+        member(self, "stages", range(2, 9))
+        member(self, "split", range(1, 17))
+        fits(self, SPARE, max(SHARED_MEMORY.values()), "fewer stages")
 
     @property
     def block_n(self) -> int:
@@ -81,12 +83,12 @@ class W8Config:
     snake: int = 8
 
     def __post_init__(self):
-        _member(self, "block_m", (16, 32, 64, 128))
-        _member(self, "block_n", (64, 128))
-        _member(self, "slices", (1, 2, 4))
-        _member(self, "stages", range(2, 9))
-        _member(self, "split", range(1, 17))
-        _fits(self, max(SHARED_MEMORY.values()))
+        member(self, "block_m", (16, 32, 64, 128))
+        member(self, "block_n", (64, 128))
+        member(self, "slices", (1, 2, 4))
+        member(self, "stages", range(2, 9))
+        member(self, "split", range(1, 17))
+        fits(self, SPARE, max(SHARED_MEMORY.values()), "fewer stages")
 
     @property
     def name(self) -> str:
@@ -98,16 +100,3 @@ class W8Config:
         stage = 64 * self.slices * (self.block_m + self.block_n)
         sums = self.block_m * self.block_n * (2 if self.split == 1 else 4)
         return max(self.stages * stage, sums)
-
-
-def _member(config, name: str, allowed) -> None:
-    if getattr(config, name) not in allowed:
-        raise ValueError(f"{config}: {name} has to be one of {', '.join(map(str, allowed))}")
-
-
-def _fits(config, limit: int) -> None:
-    if config.shared_bytes() + SPARE > limit:
-        raise ValueError(
-            f"{config} needs {config.shared_bytes() + SPARE} bytes of shared memory, there are "
-            f"{limit}: take fewer stages"
-        )

@@ -12,19 +12,9 @@ from typing import Any
 
 from jq.pallas_kernels.ampere import tuning
 from jq.pallas_kernels.ampere.config import CAPABILITIES, W4Config, W8Config
+from jq.pallas_kernels.capability import ADA, HOPPER, told
 from scripts.gpu.problems import Problem
 from scripts.gpu.problems8 import FP8, Problem8
-
-HOPPER, ADA = (9, 0), (8, 9)
-SERVED = (HOPPER, *CAPABILITIES)
-
-
-def parse(capability: Any) -> tuple[int, int] | None:
-    """(8, 6) of "8.6", as devices spell it; None of anything else."""
-    if not isinstance(capability, str) or not capability.replace(".", "").isdigit():
-        return None
-    major, _, minor = capability.partition(".")
-    return int(major), int(minor or 0)
 
 
 @functools.cache
@@ -32,7 +22,7 @@ def here() -> tuple[int, int]:
     """Of the first device; a Hopper's where that is no GPU, as what is compiled then is for one."""
     import jax
 
-    return parse(getattr(jax.devices()[0], "compute_capability", None)) or HOPPER
+    return told(getattr(jax.devices()[0], "compute_capability", None)) or HOPPER
 
 
 def ampere() -> bool:

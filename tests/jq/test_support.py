@@ -11,6 +11,7 @@ from jq.gpus import GPUS, lacking
 from jq.kernels.choice import REFERENCE, explain, kernel_weight
 from jq.methods.rtn import RTN
 from jq.pallas_kernels import quantize_rows
+from jq.pallas_kernels.capability import SERVED
 from jq.pallas_kernels.w4a16 import supported
 from jq.pallas_kernels.w8a8 import supported8
 from jq.preflight import check_gpu
@@ -50,7 +51,7 @@ def test_the_table_says_what_the_kernels_and_the_dispatcher_say(product, capabil
 
 
 def test_activations_are_quantized_where_8_bit_products_have_kernels():
-    assert set(quantize_rows.CAPABILITIES) == set(support.KERNELS["int8"])
+    assert set(SERVED) == set(support.KERNELS["int8"])
     for capability in support.KERNELS["int8"]:
         fp8 = quantize_rows.supported_rows(4096, "bfloat16", FP8, capability)
         assert (fp8 is None) == (capability in support.KERNELS["fp8"])

@@ -6,11 +6,11 @@ import subprocess
 
 import pytest
 
-from jq.pallas_kernels import quantize_rows
+from jq.pallas_kernels.capability import SERVED, spell
 from tests.pallas_kernels import sass_rows
 from tests.pallas_kernels.assembling import ROOT, VERSIONS, compiler
 
-CAPABILITIES = tuple(".".join(map(str, each)) for each in quantize_rows.CAPABILITIES)
+CAPABILITIES = tuple(map(spell, SERVED))
 
 
 def cases():

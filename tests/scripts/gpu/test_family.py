@@ -5,6 +5,7 @@ import json
 import pytest
 
 from jq.pallas_kernels.ampere.config import SHARED_MEMORY, W4Config, W8Config
+from jq.pallas_kernels.capability import HOPPER, told
 from scripts.gpu import benchmark8, candidates, candidates8, correctness, correctness8, family
 from scripts.gpu.problems import config_json, config_of
 from scripts.gpu.problems8 import FP8, config_json8, config_of8
@@ -17,11 +18,11 @@ def capability(request, monkeypatch):
 
 
 def test_capabilities_as_devices_spell_them():
-    assert family.parse("8.6") == (8, 6)
-    assert family.parse("gfx942") is None
-    assert family.parse(None) is None
+    assert told("8.6") == (8, 6)
+    assert told("gfx942") is None
+    assert told(None) is None
     # The tests run on CPUs.
-    assert family.here() == family.HOPPER
+    assert family.here() == HOPPER
     assert not family.ampere()
 
 
