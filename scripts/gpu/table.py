@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from scripts.gpu import table8
-from scripts.gpu.goals import goal, ratio
+from scripts.gpu.goals import all_correct, goal, ideal_us, ratio
 from scripts.gpu.problems import Problem
 
 # The goals, on an H200: fractions of the measured copy bandwidth, and speedups over XLA's bfloat16.
@@ -83,14 +83,6 @@ def _row(
     }
 
 
-def ideal_us(p: Problem, facts: Mapping[str, Any]) -> float | None:
-    """The longer of moving the bytes at the copy bandwidth and multiplying at the matrix rate."""
-    if not facts.get("copy_gbs") or not facts.get("bf16_tflops"):
-        return None
-    moving = p.moved_bytes() / 1e3 / facts["copy_gbs"]
-    return max(moving, p.flops / 1e6 / facts["bf16_tflops"])
-
-
 def goals(table: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Each goal at each place it is stated for: "met" is True, False, or None where unmeasured."""
     found = []
@@ -111,13 +103,7 @@ def goals(table: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> list[d
         # Slower than one of them is allowed, than both is not.
         got = max(known) if known and (len(known) == 2 or max(known) >= 1) else None
         found.append(goal("not slower than both", place, 1.0, got))
-    checks = data["sections"].get("correctness", {})
-    results = checks.get("results", {})
-    wrong = sum(not r["ok"] for r in results.values()) + len(checks.get("errors", {}))
-    if results or wrong:
-        right = 1 - wrong / (len(results) + len(checks.get("errors", {})))
-        found.append(goal("correct variants", "everywhere", 1.0, right))
-    return found
+    return found + all_correct("correct variants", data["sections"].get("correctness", {}))
 
 
 _COLUMNS = (

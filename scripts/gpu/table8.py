@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from scripts.gpu.goals import goal, ratio
+from scripts.gpu.goals import all_correct, goal, ideal_us, ratio
 from scripts.gpu.problems8 import Problem8
 
 # The goals, on an H200: speedups over XLA's bfloat16 and its best 8-bit product, the rate of float8
@@ -13,6 +13,8 @@ from scripts.gpu.problems8 import Problem8
 # time that quantizing its activations may take.
 LARGE_BYTES, LARGEST = 58e6, 4096 * 28672
 SPEEDUP_4096, FP8_TFLOPS, COPY_FRACTION, QUANTIZE_SHARE = 1.6, 1350.0, 0.80, 0.10
+# The device's matrix rate in 8 bits, over that of bfloat16.
+SPEED = 2
 # Of a whole model's tokens per second with one sequence, over bfloat16's.
 MODEL_SPEEDUPS = {"w4": 2.8, "int8": 1.6, "fp8": 1.6}
 
@@ -64,7 +66,7 @@ def _row(
     us = {m: times.get((fmt, m), {}).get("us") for m in ("kernel", "xla", "scaled_matmul", "rows")}
     known = [t for t in (us["kernel"], tuned.get("us")) if t]
     best = min(known) if known else None
-    gbs, ideal = ratio(p.moved_bytes() / 1e3, best), ideal_us(p, facts)
+    gbs, ideal = ratio(p.moved_bytes() / 1e3, best), ideal_us(p, facts, SPEED)
     others = [t for t in (us["xla"], us["scaled_matmul"]) if t]
     return {
         "k": p.k,
@@ -88,15 +90,6 @@ def _row(
     }
 
 
-def ideal_us(p: Problem8, facts: Mapping[str, Any]) -> float | None:
-    """The longer of moving the bytes at the copy bandwidth and multiplying at twice the matrix rate
-    of bfloat16."""
-    if not facts.get("copy_gbs") or not facts.get("bf16_tflops"):
-        return None
-    moving = p.moved_bytes() / 1e3 / facts["copy_gbs"]
-    return max(moving, p.flops / 1e6 / (2 * facts["bf16_tflops"]))
-
-
 def goals(table: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Each goal at each place it is stated for: "met" is True, False, or None where unmeasured."""
     found = []
@@ -114,11 +107,7 @@ def goals(table: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> list[d
                 # As a fraction that has to be reached, like the others.
                 spare = ratio(QUANTIZE_SHARE, row["rows_share"])
                 found.append(goal("quantization within a tenth", place, 1.0, spare))
-    checks = data["sections"].get("correctness8", {})
-    results, errors = checks.get("results", {}), checks.get("errors", {})
-    if results or errors:
-        right = sum(r["ok"] for r in results.values()) / (len(results) + len(errors))
-        found.append(goal("correct 8-bit variants", "everywhere", 1.0, right))
+    found += all_correct("correct 8-bit variants", data["sections"].get("correctness8", {}))
     return [*found, *_goals_of_models(data["sections"].get("decode", {}).get("results", {}))]
 
 

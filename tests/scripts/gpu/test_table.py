@@ -7,6 +7,7 @@ import pytest
 
 from jq.pallas_kernels import tuning
 from scripts.gpu import table, tune
+from scripts.gpu.goals import ideal_us
 from scripts.gpu.problems import Problem, config_json, config_of
 from scripts.gpu_check import SECTIONS, learn, unwanted
 
@@ -56,10 +57,10 @@ def test_bytes_and_ideal_times():
     codes, scales = 4096 * 14336 / 2, 32 * 14336 * 2
     assert p.moved_bytes() == codes + scales + 2 * 16 * (4096 + 14336)
     assert Problem(16, 4096, 14336, 128, False).moved_bytes() == p.moved_bytes() + scales / 4
-    assert table.ideal_us(p, FACTS) == pytest.approx(p.moved_bytes() / 4e6)
+    assert ideal_us(p, FACTS) == pytest.approx(p.moved_bytes() / 4e6)
     many = Problem(4096, 4096, 14336)
-    assert table.ideal_us(many, FACTS) == pytest.approx(many.flops / 700e6)
-    assert table.ideal_us(p, {"copy_gbs": 4000.0}) is None
+    assert ideal_us(many, FACTS) == pytest.approx(many.flops / 700e6)
+    assert ideal_us(p, {"copy_gbs": 4000.0}) is None
 
 
 def test_rows_join_the_methods():

@@ -6,6 +6,7 @@ import pytest
 
 from jq.pallas_kernels import tuning8
 from scripts.gpu import table, table8, tune8
+from scripts.gpu.goals import ideal_us
 from scripts.gpu.problems8 import FP8, Problem8, config_json8, config_of8
 from scripts.gpu_check import SECTIONS, learn, unwanted
 
@@ -54,10 +55,10 @@ def test_bytes_and_ideal_times():
     p = Problem8(16, 4096, 14336)
     codes, scales = 4096 * (14336 + 16), 4 * (14336 + 16)
     assert p.moved_bytes() == codes + scales + 2 * 16 * 14336
-    assert table8.ideal_us(p, FACTS) == pytest.approx(p.moved_bytes() / 4e6)
+    assert ideal_us(p, FACTS, table8.SPEED) == pytest.approx(p.moved_bytes() / 4e6)
     many = Problem8(4096, 4096, 14336)
-    assert table8.ideal_us(many, FACTS) == pytest.approx(many.flops / 1400e6)
-    assert table8.ideal_us(p, {"copy_gbs": 4000.0}) is None
+    assert ideal_us(many, FACTS, table8.SPEED) == pytest.approx(many.flops / 1400e6)
+    assert ideal_us(p, {"copy_gbs": 4000.0}) is None
 
 
 def test_rows_join_the_methods():
