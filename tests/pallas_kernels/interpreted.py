@@ -1,36 +1,23 @@
-"""Run the kernels' schedules in Mosaic's interpreter; a JSON object per case.
-
-A program of its own, since the interpreter needs a thread of XLA's pool for each warpgroup of a
-cluster, and a small machine's pool has fewer: NPROC is read when JAX starts.
-"""
+"""Run the kernels' schedules in Mosaic's interpreter, see `interpreting`."""
 
 from __future__ import annotations
-
-import os
-
-if __name__ == "__main__":
-    os.environ["NPROC"] = "48"
-    os.environ["JAX_PLATFORMS"] = "cpu"
 
 import contextlib
 import dataclasses
 import functools
 import json
-import pathlib
 import sys
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jq.pallas_kernels import w4a16_decode
-from jq.pallas_kernels.compat import plgpu
 from jq.pallas_kernels.config import Config, DecodeConfig, PrefillConfig
 from jq.pallas_kernels.w4a16_decode import decode
 from jq.pallas_kernels.w4a16_prefill import prefill
 from jq.pallas_kernels.weight import W4Weight, dequantize, w4_weight
+from tests.pallas_kernels import interpreting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,36 +79,16 @@ def weight(k: int, n: int, group_size: int | None, zero: bool, dtype: str) -> W4
 BROKEN = Case(DecodeConfig(8, slices=2, stages=2), 8, 512, 64)
 
 
-class WithoutFences:
-    """Mosaic's names, but that nothing orders ordinary accesses to shared memory with copies."""
-
-    def __getattr__(self, name):
-        return getattr(plgpu, name)
-
-    def commit_smem(self) -> None:
-        pass
-
-
 def result(case: Case) -> dict:
-    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
-
     w = weight(case.k, case.n, case.group_size, case.zero, case.dtype)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(case.m, case.k)), case.dtype)
-    y = np.asarray(case.run(x, w), np.float64)
-    expected = np.asarray(x, np.float64) @ np.asarray(jax.jit(dequantize)(w), np.float64)
-    return {
-        "name": case.name,
-        "error": np.linalg.norm(y - expected) / np.linalg.norm(expected),
-        "worst": np.max(np.abs(y - expected)) / np.max(np.abs(expected)),
-        "races": bool(interpreter.get_races().races_found),
-    }
+    exact = np.asarray(x, np.float64) @ np.asarray(jax.jit(dequantize)(w), np.float64)
+    return interpreting.compared(case.name, case.run(x, w), exact)
 
 
 def main() -> None:
-    for case in CASES:
-        if not sys.argv[1:] or any(text in case.name for text in sys.argv[1:]):
-            print(json.dumps(result(case)), flush=True)
-    w4a16_decode.plgpu = WithoutFences()
+    interpreting.show(CASES, result, sys.argv[1:])
+    w4a16_decode.plgpu = interpreting.WithoutFences()
     # The interpreter describes races on the standard output.
     with contextlib.redirect_stdout(sys.stderr):
         broken = result(BROKEN)

@@ -1,23 +1,11 @@
-"""Run the 8-bit kernels' schedules in Mosaic's interpreter; a JSON object per case.
-
-A program of its own, for the reason that `interpreted` gives.
-"""
+"""Run the 8-bit kernels' schedules in Mosaic's interpreter, see `interpreting`."""
 
 from __future__ import annotations
-
-import os
-
-if __name__ == "__main__":
-    os.environ["NPROC"] = "48"
-    os.environ["JAX_PLATFORMS"] = "cpu"
 
 import contextlib
 import dataclasses
 import json
-import pathlib
 import sys
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +16,7 @@ from jq.pallas_kernels.config8 import Config8, Decode8Config, Prefill8Config
 from jq.pallas_kernels.w8a8 import w8a8
 from jq.pallas_kernels.w8a8_prefill import prefill8
 from jq.pallas_kernels.weight8 import BLOCK, W8Weight, w8_weight
-from tests.pallas_kernels.interpreted import WithoutFences
+from tests.pallas_kernels import interpreting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,22 +127,12 @@ def expected(case: Case) -> np.ndarray:
 
 
 def result(case: Case) -> dict:
-    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
-
-    y, exact = np.asarray(run(case), np.float64), expected(case)
-    return {
-        "name": case.name,
-        "error": np.linalg.norm(y - exact) / np.linalg.norm(exact),
-        "worst": np.max(np.abs(y - exact)) / np.max(np.abs(exact)),
-        "races": bool(interpreter.get_races().races_found),
-    }
+    return interpreting.compared(case.name, run(case), expected(case))
 
 
 def main() -> None:
-    for case in CASES:
-        if not sys.argv[1:] or any(text in case.name for text in sys.argv[1:]):
-            print(json.dumps(result(case)), flush=True)
-    w8a8_decode.plgpu = w8a8_prefill.plgpu = WithoutFences()
+    interpreting.show(CASES, result, sys.argv[1:])
+    w8a8_decode.plgpu = w8a8_prefill.plgpu = interpreting.WithoutFences()
     for name, case in BROKEN.items():
         # The interpreter describes races on the standard output.
         with contextlib.redirect_stdout(sys.stderr):

@@ -1,28 +1,16 @@
-"""Run the kernel of `quantize_rows` in Mosaic's interpreter; a JSON object per case.
-
-A program of its own, for NPROC's sake, as `interpreted` is.
-"""
+"""Run the kernel of `quantize_rows` in Mosaic's interpreter, see `interpreting`."""
 
 from __future__ import annotations
 
-import os
-
-if __name__ == "__main__":
-    os.environ["NPROC"] = "16"
-    os.environ["JAX_PLATFORMS"] = "cpu"
-
 import dataclasses
 import json
-import pathlib
-import sys
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jq.pallas_kernels.quantize_rows import quantize_rows, quantize_rows_reference
+from tests.pallas_kernels import interpreting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,20 +52,17 @@ def activations(rows: int, k: int, dtype: str = "bfloat16") -> jax.Array:
 
 
 def result(case: Case) -> dict:
-    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
-
     k = case.shape[-1]
     x = activations(int(np.prod(case.shape[:-1])), k, case.dtype).reshape(case.shape)
     gain = jnp.linspace(0.5, 2, k, dtype=case.dtype)
     options = {"group": case.group, "norm": (gain, 1e-5) if case.norm else None}
     codes, scale = quantize_rows(x, case.codes, interpret=True, **options)
-    races = bool(interpreter.get_races().races_found)
     wanted, exact = quantize_rows_reference(x, case.codes, **options)
     assert (codes.shape, codes.dtype, scale.shape) == (x.shape, wanted.dtype, exact.shape)
     steps = np.abs(np.asarray(codes).view(np.int8).astype(int) - np.asarray(wanted).view(np.int8))
     return {
         "name": case.name,
-        "races": races,
+        "races": interpreting.races(),
         "different": float(np.mean(steps > 0)),
         "steps": int(steps.max()),
         "scale": float(np.max(np.abs(scale / exact - 1))),
@@ -96,8 +81,7 @@ def special() -> dict:
 
 
 def main() -> None:
-    for case in CASES:
-        print(json.dumps(result(case)), flush=True)
+    interpreting.show(CASES, result)
     print(json.dumps(special()), flush=True)
 
 

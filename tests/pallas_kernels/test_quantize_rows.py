@@ -1,11 +1,5 @@
 """Codes and scales of activations: the reference in float32, the kernel's schedule, interpreted."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +14,7 @@ from jq.pallas_kernels.quantize_rows import (
     vector_size,
 )
 from jq.spec import FP8
-from tests.pallas_kernels import interpreted_rows
+from tests.pallas_kernels import interpreted_rows, interpreting
 from tests.pallas_kernels.interpreted_rows import activations
 
 LARGEST = {"int8": 127, FP8: 448}
@@ -67,17 +61,7 @@ def test_reference_with_a_norm():
 @pytest.fixture(scope="module")
 def interpretations():
     """Case's name -> how the interpreted kernel's result differs from the reference's."""
-    program = pathlib.Path(interpreted_rows.__file__)
-    done = subprocess.run(
-        [sys.executable, program],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(program.parents[2])},
-        check=False,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return {result["name"]: result for result in map(json.loads, done.stdout.splitlines())}
+    return interpreting.interpretations(interpreted_rows)
 
 
 @pytest.mark.slow

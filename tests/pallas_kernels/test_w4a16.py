@@ -1,11 +1,6 @@
 """The int4 product: preparation, choice of tile sizes, and the kernels' schedules, interpreted."""
 
 import functools
-import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +9,7 @@ import pytest
 
 from jq.pallas_kernels import tuning, w4a16, weight
 from jq.pallas_kernels.config import SHARED_MEMORY, DecodeConfig, PrefillConfig
-from tests.pallas_kernels import interpreted
+from tests.pallas_kernels import interpreted, interpreting
 
 # Norm over norm: the product is rounded once, from float32 sums of exact operands.
 TOLERANCE = {"bfloat16": 2.0**-9, "float16": 2.0**-12}
@@ -23,17 +18,7 @@ TOLERANCE = {"bfloat16": 2.0**-9, "float16": 2.0**-12}
 @pytest.fixture(scope="module")
 def interpretations():
     """Case's name -> error against float64, and whether a race was seen."""
-    program = pathlib.Path(interpreted.__file__)
-    done = subprocess.run(
-        [sys.executable, program],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(program.parents[2])},
-        check=False,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return {result["name"]: result for result in map(json.loads, done.stdout.splitlines())}
+    return interpreting.interpretations(interpreted)
 
 
 @pytest.mark.slow

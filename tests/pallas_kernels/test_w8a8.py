@@ -1,12 +1,6 @@
 """The 8-bit product: its reference, the choice of tile sizes, and the kernels' schedules,
 interpreted."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +9,7 @@ import pytest
 from jq.pallas_kernels import reference, tuning8, w8a8
 from jq.pallas_kernels.config import SHARED_MEMORY
 from jq.pallas_kernels.config8 import Decode8Config, Prefill8Config
-from tests.pallas_kernels import interpreted8
+from tests.pallas_kernels import interpreted8, interpreting
 from tests.pallas_kernels.interpreted8 import FP8, Case
 
 # Norm over norm: the product is rounded once, from int32 or float32 sums of exact products.
@@ -25,17 +19,7 @@ TOLERANCE = {"bfloat16": 2.0**-9, "float16": 2.0**-12, "float32": 1e-6}
 @pytest.fixture(scope="module")
 def interpretations():
     """Case's name -> error against float64, and whether a race was seen."""
-    program = pathlib.Path(interpreted8.__file__)
-    done = subprocess.run(
-        [sys.executable, program],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(program.parents[2])},
-        check=False,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return {result["name"]: result for result in map(json.loads, done.stdout.splitlines())}
+    return interpreting.interpretations(interpreted8)
 
 
 @pytest.mark.slow
