@@ -19,9 +19,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from jq.pallas_kernels import dequant
-from jq.pallas_kernels.compat import ROWS, WORDS, interpreter, pl, plgpu, swizzled
+from jq.pallas_kernels.compat import ROWS, WORDS, pl, plgpu, swizzled
 from jq.pallas_kernels.config import DecodeConfig
-from jq.pallas_kernels.schedule import next_slot, previous_slot, receive, send
+from jq.pallas_kernels.schedule import (
+    cluster_memory,
+    launch,
+    next_slot,
+    previous_slot,
+    receive,
+    send,
+)
 from jq.pallas_kernels.weight import W4Weight
 
 
@@ -62,11 +69,6 @@ class _Plan:
         return (config.split - 1, config.warpgroups, self.columns, config.block_m)
 
     @property
-    def mailbox(self) -> bool:
-        """Whether they send it through global memory (interpreted only)."""
-        return self.interpret and self.config.split > 1
-
-    @property
     def rows(self) -> int:
         """Of scales in a stage."""
         return dequant.rows_per_stage(self.fmt, self.inputs)
@@ -76,28 +78,11 @@ def decode(x: jax.Array, w: W4Weight, config: DecodeConfig, interpret: bool = Fa
     """x [M, K] @ w [K, N] -> [M, N] in x's dtype.  With `interpret` on a CPU, detecting races."""
     fmt = dequant.Format(w.dtype, w.group_size, w.symmetric)
     plan = _Plan(config, fmt, x.shape[0], w.n, w.k, interpret)
-    blocks = (math.ceil(plan.n / plan.block_n), math.ceil(plan.m / config.block_m))
-    out = [jax.ShapeDtypeStruct((plan.m, plan.n), x.dtype)]
-    if plan.mailbox:
-        out.append(jax.ShapeDtypeStruct((*blocks, *plan.partials), jnp.float32))
     inputs = [x, w.fragments, w.normaliser, w.scale]
     if w.offset is not None:
         inputs.append(w.offset)
-    kernel = plgpu.kernel(
-        functools.partial(_kernel, plan),
-        out_type=tuple(out),
-        scratch_types=_shared_memory(plan),
-        grid=blocks,
-        grid_names=("n", "m"),
-        cluster=(config.split,),
-        cluster_names=("part",),
-        num_threads=config.warpgroups + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpreter(interpret),
-        kernel_name=f"w4a16_{config.name}_{fmt.name}",
-    )
-    return kernel(*inputs)[0]
+    name = f"w4a16_{config.name}_{fmt.name}"
+    return launch(_kernel, plan, inputs, _shared_memory(plan), (x.dtype, jnp.float32), name)
 
 
 def _shared_memory(plan: _Plan) -> dict:
@@ -117,16 +102,9 @@ def _shared_memory(plan: _Plan) -> dict:
     }
     if not plan.fmt.symmetric:
         shared["offset_s"] = plgpu.SMEM((stages, plan.rows, plan.block_n), dtype)
-    swizzle = min(128, 4 * config.block_m)
-    if config.split > 1 and not plan.interpret:
-        shared["partials_s"] = swizzled(plan.partials, jnp.float32, swizzle)
-        shared["partials_in"] = plgpu.Barrier(num_arrivals=(config.split - 1) * warpgroups)
     if plan.interpret:
         shared["staging"] = swizzled((warpgroups, 2, 64, 64), dtype)
-    if plan.mailbox:
-        shared["partials_out"] = swizzled(plan.partials[1:], jnp.float32, swizzle)
-        shared["posted"] = plgpu.ClusterBarrier(collective_axes=("part",), num_arrivals=warpgroups)
-    return shared
+    return shared | cluster_memory(plan.partials, jnp.float32, plan.interpret)
 
 
 def _kernel(plan: _Plan, x, w, normaliser, scale, *rest, **shared) -> None:

@@ -13,7 +13,6 @@ Rows, columns and inputs beyond the arrays read as zeros and are not written.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -21,9 +20,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jq.pallas_kernels.compat import COLUMNS, FRAGMENT, ROWS, interpreter, pl, plgpu, swizzled
+from jq.pallas_kernels.compat import COLUMNS, FRAGMENT, ROWS, pl, plgpu, swizzled
 from jq.pallas_kernels.config8 import SLICE, Decode8Config, scale_rows
-from jq.pallas_kernels.schedule import next_slot, previous_slot, receive, send
+from jq.pallas_kernels.schedule import (
+    cluster_memory,
+    launch,
+    next_slot,
+    previous_slot,
+    receive,
+    send,
+)
 from jq.pallas_kernels.weight8 import W8Weight
 
 
@@ -69,11 +75,6 @@ class _Plan:
         return (config.split - 1, config.warpgroups, 64, config.block_m)
 
     @property
-    def mailbox(self) -> bool:
-        """Whether they send it through global memory (interpreted only)."""
-        return self.interpret and self.config.split > 1
-
-    @property
     def ends(self) -> int:
         """Copies that only the end of the kernel needs: scales of columns and of rows, the bias."""
         return 2 * (not self.block) + (self.bias is not None)
@@ -99,28 +100,13 @@ def decode8(
     plan = _Plan(
         config, m, w.n, k, w.dtype, block, bias_dtype, rows, jnp.dtype(out_dtype), interpret
     )
-    blocks = (math.ceil(plan.n / config.block_n), math.ceil(plan.m / config.block_m))
-    out = [jax.ShapeDtypeStruct((plan.m, plan.n), plan.out_dtype)]
-    if plan.mailbox:
-        out.append(jax.ShapeDtypeStruct((*blocks, *plan.partials), plan.sum_dtype))
     inputs = [x, x_scale, w.codes, w.scale]
     if bias is not None:
         inputs.append(bias)
-    kernel = plgpu.kernel(
-        functools.partial(_kernel, plan),
-        out_type=tuple(out),
-        scratch_types=_shared_memory(plan),
-        grid=blocks,
-        grid_names=("n", "m"),
-        cluster=(config.split,),
-        cluster_names=("part",),
-        num_threads=config.warpgroups + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpreter(interpret),
-        kernel_name=f"w8a8_{config.name}_{plan.dtype.name}" + "_blocks" * block,
+    name = f"w8a8_{config.name}_{plan.dtype.name}" + "_blocks" * block
+    return launch(
+        _kernel, plan, inputs, _shared_memory(plan), (plan.out_dtype, plan.sum_dtype), name
     )
-    return kernel(*inputs)[0]
 
 
 def _shared_memory(plan: _Plan) -> dict:
@@ -133,13 +119,7 @@ def _shared_memory(plan: _Plan) -> dict:
         "w_s": swizzled((stages, config.block_n, plan.inputs), plan.dtype, plan.swizzle),
         "out_s": swizzled((warpgroups, config.block_m, 64), plan.out_dtype),
     }
-    swizzle = min(128, 4 * config.block_m)
-    if config.split > 1 and not plan.interpret:
-        shared["partials_s"] = swizzled(plan.partials, plan.sum_dtype, swizzle)
-        shared["partials_in"] = plgpu.Barrier(num_arrivals=(config.split - 1) * warpgroups)
-    if plan.mailbox:
-        shared["partials_out"] = swizzled(plan.partials[1:], plan.sum_dtype, swizzle)
-        shared["posted"] = plgpu.ClusterBarrier(collective_axes=("part",), num_arrivals=warpgroups)
+    shared |= cluster_memory(plan.partials, plan.sum_dtype, plan.interpret)
     if plan.bias is not None:
         shared["bias_s"] = plgpu.SMEM((config.block_n,), plan.bias)
     if plan.block:
