@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from jq.pallas_kernels.compat import CORES
@@ -45,11 +45,27 @@ def table(rows: Iterable[Mapping[str, Any]]) -> dict[Key, Config | None]:
     Raises: KeyError, TypeError or ValueError for rows that are none; ValueError for two rows with
       the same key.
     """
-    configs = {"decode": DecodeConfig, "prefill": PrefillConfig}
-    result: dict[Key, Config | None] = {}
-    for row in rows:
+
+    def key(row: Mapping[str, Any]) -> Key:
         fmt = (row["dtype"], row["group_size"], row["symmetric"])
-        key = Key(row["k"], row["n"], bucket(row["m"]), *fmt)
+        return Key(row["k"], row["n"], bucket(row["m"]), *fmt)
+
+    return entries(rows, key, {"decode": DecodeConfig, "prefill": PrefillConfig})
+
+
+def entries(
+    rows: Iterable[Mapping[str, Any]],
+    key_of: Callable[[Mapping[str, Any]], Any],
+    configs: Mapping[str, Callable[..., Any]],
+) -> dict[Any, Any]:
+    """Rows of measurements by their keys: each one's config, or None for XLA's own product.
+
+    configs: by the name of the kernel.
+    Raises: see `table`.
+    """
+    result: dict[Any, Any] = {}
+    for row in rows:
+        key = key_of(row)
         if key in result:
             raise ValueError(f"two measurements for {key}: keep the faster one")
         kernel = row["kernel"]
@@ -100,21 +116,21 @@ CANDIDATES: tuple[Config, ...] = (
 )
 
 # Above this many rows only the prefill kernel is considered.
-_MOST_DECODED = 256
+MOST_DECODED = 256
 
 # Per clock and multiprocessor: an H200's 4.3 TB/s of achievable bandwidth and 1.98 GHz, and what
 # its L2 cache is assumed to give to all of them and to a single one.
-_DRAM_BYTES, _L2_BYTES, _L2_BYTES_ALONE = 16.5, 26.0, 40.0
+DRAM_BYTES, L2_BYTES, L2_BYTES_ALONE = 16.5, 26.0, 40.0
 _PRODUCTS = 2048.0  # 16-bit multiply-adds
-_WGMMA_CLOCKS = 16.0  # at least, of a 64 x n x 16 instruction
-_LAUNCH, _FILL, _REDUCE = 3000.0, 1500.0, 1500.0
+WGMMA_CLOCKS = 16.0  # at least, of a 64 x n x 16 instruction (8 bits: x 32)
+LAUNCH, FILL, REDUCE = 3000.0, 1500.0, 1500.0
 _SLOTS = {True: 70.0, False: 85.0}  # issued per 64 x 64 tile of the weight
 
 
 def estimate(config: Config, m: int, k: int, n: int, symmetric: bool = True) -> float:
     """Clock cycles of x [m, k] @ w [k, n], for comparison with other configs."""
     if isinstance(config, DecodeConfig):
-        if m > _MOST_DECODED:
+        if m > MOST_DECODED:
             return math.inf
         split, pair, inputs = config.split, 1, 64 * config.slices
     else:
@@ -124,16 +140,16 @@ def estimate(config: Config, m: int, k: int, n: int, symmetric: bool = True) -> 
     # Blocks that the busiest multiprocessor gets, and 64 x 64 tiles of each.
     waves = math.ceil(clusters * split / (CORES // pair))
     tiles = slices * config.block_n / 64
-    tensor = 4 * max(_WGMMA_CLOCKS, 64 * 16 * config.block_m / _PRODUCTS)
+    tensor = 4 * max(WGMMA_CLOCKS, 64 * 16 * config.block_m / _PRODUCTS)
     traffic = tiles * 2048 + 128.0 * config.block_m * slices / pair
     busy = max(
         waves * tiles * _SLOTS[symmetric],
         waves * tiles * tensor,
-        waves * traffic / _L2_BYTES_ALONE,
-        clusters * pair * split * traffic / (CORES * _L2_BYTES),
-        k * n / 2 / (CORES * _DRAM_BYTES),
+        waves * traffic / L2_BYTES_ALONE,
+        clusters * pair * split * traffic / (CORES * L2_BYTES),
+        k * n / 2 / (CORES * DRAM_BYTES),
     )
     # Sums leave through shared memory while no tile is multiplied.
     sums = config.block_m * config.block_n * 4
-    reduction = _REDUCE + (split - 1) * sums / _L2_BYTES_ALONE if split > 1 else 0.0
-    return _LAUNCH + _FILL + busy + waves * sums / 128 + reduction
+    reduction = REDUCE + (split - 1) * sums / L2_BYTES_ALONE if split > 1 else 0.0
+    return LAUNCH + FILL + busy + waves * sums / 128 + reduction

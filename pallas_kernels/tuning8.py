@@ -1,8 +1,8 @@
 """Which tile sizes a W8A8 product runs with on Hopper: measured ones, else an estimate.
 
-As `tuning`, whose buckets of rows it shares: `TABLE` holds what `scripts/gpu_check.py` found
-fastest, and `estimate` ranks the candidates for everything else, from data-sheet rates and
-assumptions.
+As `tuning`, whose buckets of rows and rates of the device it shares: `TABLE` holds what
+`scripts/gpu_check.py` found fastest, and `estimate` ranks the candidates for everything else, from
+data-sheet rates and assumptions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,18 @@ from typing import Any
 
 from jq.pallas_kernels.compat import CORES
 from jq.pallas_kernels.config8 import SLICE, Config8, Decode8Config, Prefill8Config
-from jq.pallas_kernels.tuning import bucket
+from jq.pallas_kernels.tuning import (
+    DRAM_BYTES,
+    FILL,
+    L2_BYTES,
+    L2_BYTES_ALONE,
+    LAUNCH,
+    MOST_DECODED,
+    REDUCE,
+    WGMMA_CLOCKS,
+    bucket,
+    entries,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,15 +50,11 @@ def table(rows: Iterable[Mapping[str, Any]]) -> dict[Key8, Config8 | None]:
     Raises: KeyError, TypeError or ValueError for rows that are none; ValueError for two rows with
       the same key.
     """
-    configs = {"decode8": Decode8Config, "prefill8": Prefill8Config}
-    result: dict[Key8, Config8 | None] = {}
-    for row in rows:
-        key = Key8(row["k"], row["n"], bucket(row["m"]), row["dtype"], row["block"])
-        if key in result:
-            raise ValueError(f"two measurements for {key}: keep the faster one")
-        kernel = row["kernel"]
-        result[key] = None if kernel == "reference" else configs[kernel](**row["config"])
-    return result
+
+    def key(row: Mapping[str, Any]) -> Key8:
+        return Key8(row["k"], row["n"], bucket(row["m"]), row["dtype"], row["block"])
+
+    return entries(rows, key, {"decode8": Decode8Config, "prefill8": Prefill8Config})
 
 
 # No measurement has been made yet.
@@ -100,22 +107,14 @@ _PREFILL = (
     Prefill8Config(2, 256, stages=4, multicast="w"),
 )
 
-# Above this many rows only the prefill kernel is considered.
-_MOST_DECODED = 256
-
-# Per clock and multiprocessor, as in `tuning`: an H200's achievable bandwidth, and what its L2
-# cache is assumed to give to all of them and to a single one.
-_DRAM_BYTES, _L2_BYTES, _L2_BYTES_ALONE = 16.5, 26.0, 40.0
-_PRODUCTS = 4096.0  # 8-bit multiply-adds
-_WGMMA_CLOCKS = 16.0  # at least, of a 64 x n x 32 instruction
-_LAUNCH, _FILL, _REDUCE = 3000.0, 1500.0, 1500.0
+_PRODUCTS = 4096.0  # 8-bit multiply-adds per clock and multiprocessor
 
 
 def estimate(config: Config8, m: int, k: int, n: int) -> float:
     """Clock cycles of x [m, k] @ w [k, n], for comparison with other configs."""
     rows = columns = split = pair = 1
     if isinstance(config, Decode8Config):
-        if m > _MOST_DECODED:
+        if m > MOST_DECODED:
             return math.inf
         split, inputs = config.split, SLICE * config.slices
         # The weight's columns are the instruction's 64, the rows its n.
@@ -130,14 +129,14 @@ def estimate(config: Config8, m: int, k: int, n: int) -> float:
     # Blocks that the busiest multiprocessor gets, and slices of each.
     waves = math.ceil(clusters * split / (CORES // pair))
     tile = config.block_m * config.block_n
-    tensor = max(4 * instructions * _WGMMA_CLOCKS, tile * SLICE / _PRODUCTS)
+    tensor = max(4 * instructions * WGMMA_CLOCKS, tile * SLICE / _PRODUCTS)
     traffic = SLICE * (config.block_m / columns + config.block_n / rows)
     busy = max(
         waves * steps * tensor,
-        waves * steps * traffic / _L2_BYTES_ALONE,
-        clusters * pair * split * steps * traffic / (CORES * _L2_BYTES),
-        k * n / (CORES * _DRAM_BYTES),
+        waves * steps * traffic / L2_BYTES_ALONE,
+        clusters * pair * split * steps * traffic / (CORES * L2_BYTES),
+        k * n / (CORES * DRAM_BYTES),
     )
     # Sums leave through shared memory while this block multiplies nothing.
-    reduction = _REDUCE + (split - 1) * tile * 4 / _L2_BYTES_ALONE if split > 1 else 0.0
-    return _LAUNCH + _FILL + busy + waves * tile * 4 / 128 + reduction
+    reduction = REDUCE + (split - 1) * tile * 4 / L2_BYTES_ALONE if split > 1 else 0.0
+    return LAUNCH + FILL + busy + waves * tile * 4 / 128 + reduction
