@@ -12,9 +12,7 @@ from jq.pallas_kernels.ampere.config import W4Config
 from jq.pallas_kernels.compat import CORES
 from jq.pallas_kernels.config import SHARED_MEMORY, DecodeConfig, PrefillConfig
 from scripts.gpu import family
-from scripts.gpu.problems import Problem, config_json, config_of
-
-__all__ = ["ODD_SIZES", "config_json", "config_of", "decode_configs", "every_config", "refinements"]
+from scripts.gpu.problems import Problem
 
 # (K, N, group): a single tile, sizes that no block divides, a long K.
 ODD_SIZES = (

@@ -22,16 +22,10 @@ from jax.sharding import PartitionSpec as P
 from jq.pallas_kernels.w4a16 import w4a16
 from jq.pallas_kernels.w8a8 import w8a8
 from scripts.gpu import candidates, candidates8
+from scripts.gpu.configs import config_json, config_of
 from scripts.gpu.correctness8 import FORMATS
-from scripts.gpu.problems import Problem, config_json, config_of, device_weight, of_item, to_item
-from scripts.gpu.problems8 import (
-    Problem8,
-    config_json8,
-    config_of8,
-    device_problem8,
-    of_item8,
-    to_item8,
-)
+from scripts.gpu.problems import Problem, device_weight, of_item, to_item
+from scripts.gpu.problems8 import Problem8, device_problem8, of_item8, to_item8
 
 # What the compiler wants to know of an H200.
 _TARGET = """gpu_device_info {
@@ -66,7 +60,7 @@ def items(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
         *map(to_item, problems),
         *map(to_item8, problems8),
         *(to_item(p, f"{c.name} ", config=config_json(c)) for p, c in tried),
-        *(to_item8(p, f"{c.name} ", config=config_json8(c)) for p, c in tried8),
+        *(to_item8(p, f"{c.name} ", config=config_json(c)) for p, c in tried8),
     ]
 
 
@@ -95,7 +89,7 @@ def _product(item: Mapping[str, Any]) -> tuple[Any, tuple[Any, ...]]:
 
 def _product8(item: Mapping[str, Any]) -> tuple[Any, tuple[Any, ...]]:
     """The same of an 8-bit one."""
-    p, config = of_item8(item), config_of8(item.get("config"))
+    p, config = of_item8(item), config_of(item.get("config"))
     bias = jax.ShapeDtypeStruct((p.n,), jnp.dtype(p.out)) if p.bias else None
 
     def product(x, x_scale, weight, bias):

@@ -17,15 +17,8 @@ import numpy as np
 from jq.pallas_kernels.w4a16 import w4a16
 from jq.pallas_kernels.weight import w4_weight
 from scripts.gpu import candidates, family, library
-from scripts.gpu.problems import (
-    HostProblem,
-    Problem,
-    config_of,
-    of_item,
-    on_host,
-    rounded,
-    to_item,
-)
+from scripts.gpu.configs import config_json, config_of
+from scripts.gpu.problems import HostProblem, Problem, of_item, on_host, rounded, to_item
 
 GROUPS = (128, 64, 32, -1)
 RUNS = 5
@@ -50,7 +43,7 @@ def items(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
     problems += [Problem(16, 14336, 4096, -1), Problem(16, 4096, 28672), Problem(1000, 4096, 4096)]
     listed = {p.key: to_item(p) for p in problems}
     tried = [
-        to_item(p, f"{config.name} ", config=candidates.config_json(config))
+        to_item(p, f"{config.name} ", config=config_json(config))
         for p, config in candidates.every_config()
     ]
     uses = [{"key": f"library: {name}", "use": name} for name in library.USES]

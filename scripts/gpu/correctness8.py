@@ -14,18 +14,10 @@ from jq.pallas_kernels.quantize_rows import quantize_rows, quantize_rows_referen
 from jq.pallas_kernels.w8a8 import w8a8
 from jq.pallas_kernels.weight8 import w8_weight
 from scripts.gpu import candidates8, family
+from scripts.gpu.configs import config_json, config_of
 from scripts.gpu.correctness import RUNS, compared
 from scripts.gpu.problems import rounded, seed
-from scripts.gpu.problems8 import (
-    FP8,
-    HostProblem8,
-    Problem8,
-    config_json8,
-    config_of8,
-    of_item8,
-    on_host8,
-    to_item8,
-)
+from scripts.gpu.problems8 import FP8, HostProblem8, Problem8, of_item8, on_host8, to_item8
 
 FORMATS = (("int8", False), (FP8, False), (FP8, True))
 # The tensor cores keep fewer bits of a float8 sum than float32 has, of 128 products at a time:
@@ -57,7 +49,7 @@ def items(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
     listed = list({p.key: to_item8(p) for p in problems}.values())
     tried = [
-        to_item8(p, f"{config.name} ", config=config_json8(config))
+        to_item8(p, f"{config.name} ", config=config_json(config))
         for p, config in candidates8.every_config()
     ]
     return family.possible([*listed[:first], *_quantizations(), *listed[first:], *tried])
@@ -80,7 +72,7 @@ def run(item: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
     if "rows" in item:
         return quantized(*item["rows"])
     problem = of_item8(item)
-    return compare8(problem, on_host8(problem), config_of8(item.get("config")))
+    return compare8(problem, on_host8(problem), config_of(item.get("config")))
 
 
 def compare8(problem: Problem8, host: HostProblem8, config: Any) -> dict[str, Any]:

@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jq.pallas_kernels.ampere.config import W4Config
-from jq.pallas_kernels.config import Config, DecodeConfig, PrefillConfig
 from jq.pallas_kernels.weight import W4Weight, w4_weight
 
 # [K, N] of Llama-3's linears (q, k, v together; gate and up together): 8B, then 70B.
@@ -83,26 +81,6 @@ def to_item(problem: Problem, prefix: str = "", **more: Any) -> dict[str, Any]:
 def seed(text: str) -> int:
     """A seed that depends on a key alone."""
     return zlib.crc32(text.encode())
-
-
-# Configs in JSON
-
-
-KINDS = {"decode": DecodeConfig, "prefill": PrefillConfig, "ampere": W4Config}
-
-
-def config_json(config: Config | W4Config) -> dict[str, Any]:
-    """A config as JSON, and back with `config_of`."""
-    kind = next(name for name, kind in KINDS.items() if isinstance(config, kind))
-    return {"kind": kind, **dataclasses.asdict(config)}
-
-
-def config_of(value: dict[str, Any] | None) -> Any:
-    """The config that `config_json` wrote down; None stays None."""
-    if value is None:
-        return None
-    fields = {name: field for name, field in value.items() if name != "kind"}
-    return KINDS[value["kind"]](**fields)
 
 
 # On the host, to compare with

@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jq.pallas_kernels.ampere.config import W8Config
-from jq.pallas_kernels.config8 import Config8, Decode8Config, Prefill8Config
 from jq.pallas_kernels.weight8 import BLOCK, W8Weight, w8_weight
 from scripts.gpu.problems import rounded, seed
 
@@ -68,23 +66,6 @@ def of_item8(item: Mapping[str, Any]) -> Problem8:
 def to_item8(problem: Problem8, prefix: str = "", **more: Any) -> dict[str, Any]:
     """An item of a section."""
     return {"key": prefix + problem.key, "problem8": dataclasses.asdict(problem), **more}
-
-
-KINDS8 = {"decode8": Decode8Config, "prefill8": Prefill8Config, "ampere8": W8Config}
-
-
-def config_json8(config: Config8 | W8Config) -> dict[str, Any]:
-    """A config as JSON, and back with `config_of8`."""
-    kind = next(name for name, kind in KINDS8.items() if isinstance(config, kind))
-    return {"kind": kind, **dataclasses.asdict(config)}
-
-
-def config_of8(value: dict[str, Any] | None) -> Any:
-    """The config that `config_json8` wrote down; None stays None."""
-    if value is None:
-        return None
-    fields = {name: field for name, field in value.items() if name != "kind"}
-    return KINDS8[value["kind"]](**fields)
 
 
 # On the host, to compare with

@@ -7,7 +7,7 @@ from typing import Any
 
 from scripts.gpu import candidates, tune
 from scripts.gpu.ahead import Ahead
-from scripts.gpu.problems import config_of
+from scripts.gpu.configs import config_of
 
 _ahead: Ahead | None = None
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from scripts.gpu import benchmark, candidates, products
 from scripts.gpu.ahead import Ahead
-from scripts.gpu.problems import SHAPES, Problem, config_json, config_of, of_item, to_item
+from scripts.gpu.configs import config_json, config_of
+from scripts.gpu.problems import SHAPES, Problem, of_item, to_item
 
 # One of each kind first: a table with holes still guides the heuristic.
 FIRST = (

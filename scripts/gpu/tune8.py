@@ -8,7 +8,8 @@ from typing import Any
 
 from scripts.gpu import benchmark, benchmark8, candidates8, products8, tune
 from scripts.gpu.ahead import Ahead
-from scripts.gpu.problems8 import FP8, Problem8, config_json8, config_of8, of_item8, to_item8
+from scripts.gpu.configs import config_json, config_of
+from scripts.gpu.problems8 import FP8, Problem8, of_item8, to_item8
 
 _ahead: Ahead | None = None
 
@@ -21,7 +22,7 @@ def problems() -> list[Problem8]:
 def items(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every candidate of every problem."""
     return [
-        to_item8(p, f"{c.name} ", config=config_json8(c))
+        to_item8(p, f"{c.name} ", config=config_json(c))
         for p in problems()
         for c in candidates8.configs(p)
     ]
@@ -41,7 +42,7 @@ def run(item: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _build(item: Mapping[str, Any]) -> Any:
-    return products8.build(of_item8(item), "kernel", config_of8(item["config"]))
+    return products8.build(of_item8(item), "kernel", config_of(item["config"]))
 
 
 def best(results: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

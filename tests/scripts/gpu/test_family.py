@@ -7,8 +7,8 @@ import pytest
 from jq.pallas_kernels.ampere.config import SHARED_MEMORY, W4Config, W8Config
 from jq.pallas_kernels.capability import HOPPER, told
 from scripts.gpu import benchmark8, candidates, candidates8, correctness, correctness8, family
-from scripts.gpu.problems import config_json, config_of
-from scripts.gpu.problems8 import FP8, config_json8, config_of8
+from scripts.gpu.configs import config_json, config_of
+from scripts.gpu.problems8 import FP8
 
 
 @pytest.fixture(params=[(8, 0), (8, 6), (8, 9)])
@@ -49,4 +49,4 @@ def test_float8_is_asked_for_where_it_is(capability):
 def test_configs_as_json(capability):
     four, eight = W4Config(32, 1, 2, 3, split=2), W8Config(64, 128, 2, 3)
     assert config_of(json.loads(json.dumps(config_json(four)))) == four
-    assert config_of8(json.loads(json.dumps(config_json8(eight)))) == eight
+    assert config_of(json.loads(json.dumps(config_json(eight)))) == eight

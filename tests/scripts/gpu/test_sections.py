@@ -34,7 +34,8 @@ from scripts.gpu import (
     timing,
     tune,
 )
-from scripts.gpu.problems import Problem, config_json, config_of, on_host
+from scripts.gpu.configs import config_json, config_of
+from scripts.gpu.problems import Problem, on_host
 
 TINY = Problem(5, 128, 64, 32, symmetric=False)
 pytestmark = pytest.mark.loose_promotion  # on the GPU machine they run under JAX's own rules

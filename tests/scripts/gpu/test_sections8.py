@@ -25,7 +25,8 @@ from scripts.gpu import (
     timing,
     tune8,
 )
-from scripts.gpu.problems8 import FP8, Problem8, config_json8, config_of8, on_host8
+from scripts.gpu.configs import config_json, config_of
+from scripts.gpu.problems8 import FP8, Problem8, on_host8
 
 TINY = Problem8(5, 128, 64)
 BLOCKS = Problem8(6, 256, 128, FP8, block=True)
@@ -74,8 +75,8 @@ def test_what_was_timed_in_bfloat16_is_not_timed_again():
 
 def test_configs_survive_json():
     for config in (Decode8Config(split=2, pdl=True), Prefill8Config(multicast="w")):
-        assert config_of8(json.loads(json.dumps(config_json8(config)))) == config
-    assert config_of8(None) is None
+        assert config_of(json.loads(json.dumps(config_json(config)))) == config
+    assert config_of(None) is None
 
 
 @pytest.mark.parametrize("m", [1, 64, 128, 4096])
@@ -166,7 +167,7 @@ def test_a_benchmark_item_and_a_candidate_run(xla, monkeypatch):
     item = problems8.to_item8(TINY, "kernel ", method="kernel")
     monkeypatch.setattr(benchmark8, "items", lambda facts: [item])
     assert benchmark8.run(item, {"done": [], "timer": "wall"})["us"] >= 0
-    tried = problems8.to_item8(TINY, "x ", config=config_json8(Decode8Config()))
+    tried = problems8.to_item8(TINY, "x ", config=config_json(Decode8Config()))
     monkeypatch.setattr(tune8, "items", lambda facts: [tried])
     monkeypatch.setattr(tune8, "_ahead", None)
     result = tune8.run(tried, {"timer": "wall"})

@@ -7,8 +7,9 @@ import pytest
 
 from jq.pallas_kernels import tuning
 from scripts.gpu import table, tune
+from scripts.gpu.configs import config_json, config_of
 from scripts.gpu.goals import ideal_us
-from scripts.gpu.problems import Problem, config_json, config_of
+from scripts.gpu.problems import Problem
 from scripts.gpu_check import SECTIONS, learn, unwanted
 
 

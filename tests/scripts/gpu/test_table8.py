@@ -6,8 +6,9 @@ import pytest
 
 from jq.pallas_kernels import tuning8
 from scripts.gpu import table, table8, tune8
+from scripts.gpu.configs import config_json, config_of
 from scripts.gpu.goals import ideal_us
-from scripts.gpu.problems8 import FP8, Problem8, config_json8, config_of8
+from scripts.gpu.problems8 import FP8, Problem8
 from scripts.gpu_check import SECTIONS, learn, unwanted
 
 
@@ -110,7 +111,7 @@ def test_the_text_has_both_tables():
 
 def test_the_best_of_what_was_tried():
     def tried(us, rms=1.2, split=1):
-        config = config_json8(config_of8({"kind": "decode8", "split": split}))
+        config = config_json(config_of({"kind": "decode8", "split": split}))
         told = result("kernel", 16, us, k=4096, n=4096, rms=rms)
         return {**told, "problem": "p", "config": config}
 
@@ -123,7 +124,7 @@ def test_the_best_of_what_was_tried():
     for xla in ({}, {fmt: 4.5}):
         (row,) = tune8.table_rows(facts["tuned8"], xla)
         (config,) = tuning8.table([row]).values()
-        assert config == config_of8(entry["config"])
+        assert config == config_of(entry["config"])
     (row,) = tune8.table_rows(facts["tuned8"], {fmt: 3.5})
     assert tuple(tuning8.table([row]).values()) == (None,)
     (key,) = tuning8.table([row])
