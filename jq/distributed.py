@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import jax
@@ -27,7 +28,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from jq import errors
-from jq.errors import JaxqError, ProcessError
+from jq.errors import JaxqError, OutputError, ProcessError
 
 # Seconds that processes wait for the others at a step.
 STEP_TIMEOUT = 600.0
@@ -235,6 +236,14 @@ class Team:
                     "processes must be started alike"
                 )
         return value
+
+    def check_seen(self, folder: Path, target: Path) -> None:
+        """Raise OutputError where a folder that process 0 has made for `target` is not seen."""
+        if not folder.is_dir():
+            raise OutputError(
+                f"{target}: what process 0 makes there is not seen in process {self.index}: "
+                "all processes must write to one file system"
+            )
 
     def _meet(self, step: str, value: Any) -> list[Any]:
         assert self._store is not None

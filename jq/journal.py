@@ -216,13 +216,11 @@ class Journal:
             fs.write_synced(file, encode_json(self._facts, _RUN))
 
     def _compare(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        for key in sorted(before.keys() | now.keys()):
-            old, new = before.get(key, "absent"), now.get(key, "absent")
-            if old != new:
-                raise OutputError(
-                    f"{self.target}: an unfinished run is there, and {key} was {old!r} and now is "
-                    f"{new!r}: repeat that run to finish it, or start over (restart)"
-                )
+        for key, old, new in _differences(before, now):
+            raise OutputError(
+                f"{self.target}: an unfinished run is there, and {key} was {old!r} and now is "
+                f"{new!r}: repeat that run to finish it, or start over (restart)"
+            )
 
     def _check_alike(self) -> None:
         """Refuse processes whose run is not process 0's; copies of a file may differ in age."""
@@ -231,13 +229,11 @@ class Journal:
         first = self._team.lead("the facts are told", lambda: facts)
 
         def compare() -> None:
-            for key in sorted(first.keys() | facts.keys()):
-                theirs, ours = first.get(key, "absent"), facts.get(key, "absent")
-                if theirs != ours:
-                    raise ProcessError(
-                        f"{self.target}: {key} is {theirs!r} in process 0 and {ours!r} in process "
-                        f"{self._team.index}: give all processes the same"
-                    )
+            for key, theirs, ours in _differences(first, facts):
+                raise ProcessError(
+                    f"{self.target}: {key} is {theirs!r} in process 0 and {ours!r} in process "
+                    f"{self._team.index}: give all processes the same"
+                )
 
         self._team.attempt("the facts are the same", compare)
 
@@ -245,11 +241,7 @@ class Journal:
         return self.folder / _DONE / f"{name}.json"
 
     def _read_done(self, names: Sequence[str]) -> None:
-        if not self.folder.is_dir():
-            raise OutputError(
-                f"{self.target}: what process 0 makes there is not seen in process "
-                f"{self._team.index}: all processes must write to one file system"
-            )
+        self._team.check_seen(self.folder, self.target)
         with self._damage():
             for number, name in enumerate(names):
                 file = self._done_file(name)
@@ -297,6 +289,16 @@ def _flat(prefix: str, node: Any) -> dict[str, Any]:
     for key, value in node.items():
         found |= _flat(f"{prefix}.{key}" if prefix else str(key), value)
     return found
+
+
+def _differences(
+    first: Mapping[str, Any], second: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
+    """Keys at which two mappings differ, with the value of each."""
+    for key in sorted(first.keys() | second.keys()):
+        a, b = first.get(key, "absent"), second.get(key, "absent")
+        if a != b:
+            yield key, a, b
 
 
 def device_facts() -> dict[str, Any]:

@@ -133,121 +133,81 @@ def quantize_checkpoint(
     local = target == "orbax"
     check_gpu(recipe, target_gpu, local=local, allow_reference=allow_reference)
     with Team() as team:
-        return _quantize_checkpoint(
-            team,
-            model_path,
-            out,
-            recipe,
-            calibration,
-            batch_size=batch_size,
-            offload=offload,
-            overwrite=overwrite,
-            restart=restart,
-            unchecked=unchecked,
-            mesh=mesh,
-            axis=axis,
-            progress=progress,
-            meta=meta,
-            target=target,
-            options=options,
-            shard_bytes=shard_bytes,
+        start = time.perf_counter()
+        source = check_run(
+            model_path, out, recipe, overwrite=overwrite, target=target, options=options
         )
-
-
-def _quantize_checkpoint(
-    team: Team,
-    model_path: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    recipe: Recipe,
-    calibration: CalibrationData | None,
-    *,
-    batch_size: int,
-    offload: bool,
-    overwrite: bool,
-    restart: bool,
-    unchecked: bool,
-    mesh: Mesh | None,
-    axis: str,
-    progress: ProgressCallback | None,
-    meta: Mapping[str, Any] | None,
-    target: Literal["orbax"] | ExportFormat,
-    options: FormatOptions | None,
-    shard_bytes: int,
-) -> RunReport:
-    start = time.perf_counter()
-    source = check_run(model_path, out, recipe, overwrite=overwrite, target=target, options=options)
-    if mesh is None and team.count > 1:
-        mesh = all_devices(axis)
-    if mesh is not None:  # nobody puts whole weights on a device
-        source = HFCheckpoint(source.path, place=place_on_host)
-    calibration = _fitting(calibration, recipe, source.config)
-    if not unchecked:
-        tokens = None if calibration is None else calibration.tokens.shape
-        devices = checked_mesh(mesh, axis)
-        memory: dict[str, Any] = {
-            "batch_size": batch_size,
-            "offload": offload,
-            "target": target,
-            "devices": 1 if devices is None else devices.size,
-        }
-        check_resources(run_of_checkpoint(source, recipe, tokens, **memory), out)
-    facts = {
-        "model": Path(model_path).resolve().name,
-        "recipe": recipe_json(recipe),
-        "calibration": None if calibration is None else _calibration_json(calibration),
-        **(meta or {}),
-    }
-    schemes = None if target == "orbax" else _schemes(recipe, source.config, target, options)
-    decisive = {
-        "files": _file_facts(source),
-        **facts,
-        "versions": library_versions(),
-        "device": device_facts(),
-        "mesh": mesh_fact(mesh, axis),
-    }
-    with Journal(out, decisive, source.block_names, restart=restart, team=team) as journal:
-        resumed = len(journal.done)
-        _quantize_blocks(
-            source,
-            recipe,
-            calibration,
-            journal,
-            batch_size=batch_size,
-            offload=offload,
-            progress=progress,
-            mesh=mesh,
-            axis=axis,
-        )
-        report = RunReport(journal.target, journal.reports, 0.0, resumed)
-        if target == "orbax" or schemes is None:
-            opened = CheckpointWriter(
-                out, config_files_from=model_path, overwrite=overwrite, team=team
-            )
-            with opened as writer:
-                for name, subtree in source.outer().items():
-                    writer.write_part(name, subtree)
-                for name in journal.done:
-                    writer.link_part(name, *journal.part(name))
-                with held_back():
-                    writer.finish(facts, report.to_dict())
-                    journal.remove()
-        else:
-            _export(
-                team,
-                ExportWriter(
-                    out,
-                    target,
-                    schemes,
-                    config_files_from=model_path,
-                    shard_bytes=shard_bytes,
-                    overwrite=overwrite,
-                ),
+        if mesh is None and team.count > 1:
+            mesh = all_devices(axis)
+        if mesh is not None:  # nobody puts whole weights on a device
+            source = HFCheckpoint(source.path, place=place_on_host)
+        calibration = _fitting(calibration, recipe, source.config)
+        if not unchecked:
+            devices = checked_mesh(mesh, axis)
+            run = run_of_checkpoint(
                 source,
-                journal,
-                facts,
-                report,
+                recipe,
+                None if calibration is None else calibration.tokens.shape,
+                batch_size=batch_size,
+                offload=offload,
+                target=target,
+                devices=1 if devices is None else devices.size,
             )
-    return dataclasses.replace(report, seconds=time.perf_counter() - start)
+            check_resources(run, out)
+        facts = {
+            "model": Path(model_path).resolve().name,
+            "recipe": recipe_json(recipe),
+            "calibration": None if calibration is None else _calibration_json(calibration),
+            **(meta or {}),
+        }
+        decisive = {
+            "files": _file_facts(source),
+            **facts,
+            "versions": library_versions(),
+            "device": device_facts(),
+            "mesh": mesh_fact(mesh, axis),
+        }
+        folder: dict[str, Any] = {"config_files_from": model_path, "overwrite": overwrite}
+        with Journal(out, decisive, source.block_names, restart=restart, team=team) as journal:
+            resumed = len(journal.done)
+            _quantize_blocks(
+                source,
+                recipe,
+                calibration,
+                journal,
+                batch_size=batch_size,
+                offload=offload,
+                progress=progress,
+                mesh=mesh,
+                axis=axis,
+            )
+            report = RunReport(journal.target, journal.reports, 0.0, resumed)
+            if target == "orbax":
+                opened = CheckpointWriter(out, team=team, **folder)
+                _save(opened, source, journal, facts, report)
+            else:
+                schemes = _schemes(recipe, source.config, target, options)
+                opened = ExportWriter(out, target, schemes, shard_bytes=shard_bytes, **folder)
+                _export(team, opened, source, journal, facts, report)
+        return dataclasses.replace(report, seconds=time.perf_counter() - start)
+
+
+def _save(
+    opened: CheckpointWriter,
+    source: HFCheckpoint,
+    journal: Journal,
+    facts: Mapping[str, Any],
+    report: RunReport,
+) -> None:
+    """A jaxq checkpoint, of the journal's blocks."""
+    with opened as writer:
+        for name, subtree in source.outer().items():
+            writer.write_part(name, subtree)
+        for name in journal.done:
+            writer.link_part(name, *journal.part(name))
+        with held_back():
+            writer.finish(facts, report.to_dict())
+            journal.remove()
 
 
 def _export(
