@@ -74,11 +74,10 @@ def learn(name: str, found: Mapping[str, Any], facts: dict[str, Any]) -> None:
             f"{r['k']}x{r['n']} m{r['m']}": r["us"] for r in found.values() if r["method"] == "bf16"
         }
     elif name in ("tune", "refine", "tune8"):
-        from scripts.gpu import tune, tune8
+        from scripts.gpu import tune
 
-        best, fact = (tune8.best, "tuned8") if name == "tune8" else (tune.best, "tuned")
-        tuned = facts.setdefault(fact, {})
-        for key, entry in best(found.values()).items():
+        tuned = facts.setdefault("tuned8" if name == "tune8" else "tuned", {})
+        for key, entry in tune.best(found.values()).items():
             if key not in tuned or entry["us"] < tuned[key]["us"]:
                 tuned[key] = entry
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from scripts.gpu import table8
-from scripts.gpu.goals import all_correct, goal, ideal_us, ratio
+from scripts.gpu.goals import all_correct, goal, ideal_us, plausible, ratio
 from scripts.gpu.problems import Problem
 
 # The goals, on an H200: fractions of the measured copy bandwidth, and speedups over XLA's bfloat16.
@@ -56,7 +56,7 @@ def dequantize_times(data: Mapping[str, Any]) -> dict[tuple[int, int, int], floa
 
 
 def _times(results: Iterable[Mapping[str, Any]]) -> dict[Any, Mapping[str, Any]]:
-    return {((r["k"], r["n"], r["m"]), r["method"]): r for r in results if 0.5 < r["rms"] < 2.5}
+    return {((r["k"], r["n"], r["m"]), r["method"]): r for r in results if plausible(r)}
 
 
 def _row(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from scripts.gpu.goals import all_correct, goal, ideal_us, ratio
+from scripts.gpu.goals import all_correct, goal, ideal_us, plausible, ratio
 from scripts.gpu.problems8 import Problem8
 
 # The goals, on an H200: speedups over XLA's bfloat16 and its best 8-bit product, the rate of float8
@@ -56,7 +56,7 @@ def _place(fmt: Sequence[Any]) -> str:
 
 
 def _times(results: Iterable[Mapping[str, Any]]) -> dict[Any, Mapping[str, Any]]:
-    return {(_format(r), r["method"]): r for r in results if 0.5 < r["rms"] < 2.5}
+    return {(_format(r), r["method"]): r for r in results if plausible(r)}
 
 
 def _row(

@@ -13,6 +13,7 @@ from typing import Any
 from scripts.gpu import benchmark, candidates, products
 from scripts.gpu.ahead import Ahead
 from scripts.gpu.configs import config_json, config_of
+from scripts.gpu.goals import plausible
 from scripts.gpu.problems import SHAPES, Problem, of_item, to_item
 
 # One of each kind first: a table with holes still guides the heuristic.
@@ -29,6 +30,7 @@ FIRST = (
 )
 ROWS = (16, 1, 64, 4096, 32, 128, 512, 8)
 
+_TOLD = ("us", "us_wall", "config", "m", "k", "n", "dtype", "block")
 _ahead: Ahead | None = None
 
 
@@ -87,24 +89,26 @@ def table_rows(
     rows = []
     for entry in tuned.values():
         p = Problem(entry["m"], entry["k"], entry["n"])
-        row = {"k": p.k, "n": p.n, "m": p.m, **p.format}
-        if xla.get((p.k, p.n, p.m), float("inf")) < entry["us"]:
-            rows.append({**row, "kernel": "reference"})
-            continue
-        config = {name: value for name, value in entry["config"].items() if name != "kind"}
-        rows.append({**row, "kernel": entry["config"]["kind"], "config": config})
+        rows.append(table_row(p, entry, xla.get((p.k, p.n, p.m))))
     return rows
+
+
+def table_row(p: Any, entry: Mapping[str, Any], xla_us: float | None) -> dict[str, Any]:
+    """Of a problem: its size and format, and the kernel with its config; XLA's where that won."""
+    row = {"k": p.k, "n": p.n, "m": p.m, **p.format}
+    if xla_us is not None and xla_us < entry["us"]:
+        return {**row, "kernel": "reference"}
+    config = {name: value for name, value in entry["config"].items() if name != "kind"}
+    return {**row, "kernel": entry["config"]["kind"], "config": config}
 
 
 def best(results: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """By problem: the fastest config whose results had the right size, its time, and how many
     configs it was the fastest of."""
     found: dict[str, dict[str, Any]] = {}
-    for result in results:
-        if not benchmark.plausible(result):
-            continue
+    for result in filter(plausible, results):
         entry = found.setdefault(result["problem"], {"us": float("inf"), "of": 0})
         entry["of"] += 1
         if result["us"] < entry["us"]:
-            entry |= {name: result[name] for name in ("us", "us_wall", "config", "m", "k", "n")}
+            entry |= {name: result[name] for name in _TOLD if name in result}
     return found

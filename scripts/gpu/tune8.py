@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from scripts.gpu import benchmark, benchmark8, candidates8, products8, tune
+from scripts.gpu import benchmark8, candidates8, products8, tune
 from scripts.gpu.ahead import Ahead
 from scripts.gpu.configs import config_json, config_of
 from scripts.gpu.problems8 import FP8, Problem8, of_item8, to_item8
@@ -45,23 +45,10 @@ def _build(item: Mapping[str, Any]) -> Any:
     return products8.build(of_item8(item), "kernel", config_of(item["config"]))
 
 
-def best(results: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """By problem: the fastest config whose results had the right size, its time, and how many
-    configs it was the fastest of."""
-    found: dict[str, dict[str, Any]] = {}
-    names = ("us", "us_wall", "config", "m", "k", "n", "dtype", "block")
-    for result in filter(benchmark.plausible, results):
-        entry = found.setdefault(result["problem"], {"us": float("inf"), "of": 0})
-        entry["of"] += 1
-        if result["us"] < entry["us"]:
-            entry |= {name: result[name] for name in names}
-    return found
-
-
 def table_rows(
     tuned: Mapping[str, Mapping[str, Any]], xla: Mapping[tuple[Any, ...], float]
 ) -> list[dict[str, Any]]:
-    """What `best` found, as `jq.pallas_kernels.tuning8.table` takes it.
+    """What `tune.best` found, as `jq.pallas_kernels.tuning8.table` takes it.
 
     xla: (k, n, m, dtype, block) -> microseconds of XLA's product, where it was timed; a product for
       which that was the fastest is left to it.
@@ -69,10 +56,5 @@ def table_rows(
     rows = []
     for entry in tuned.values():
         p = Problem8(*(entry[name] for name in ("m", "k", "n", "dtype", "block")))
-        row = {"k": p.k, "n": p.n, "m": p.m, **p.format}
-        if xla.get((p.k, p.n, p.m, p.dtype, p.block), float("inf")) < entry["us"]:
-            rows.append({**row, "kernel": "reference"})
-            continue
-        config = {name: value for name, value in entry["config"].items() if name != "kind"}
-        rows.append({**row, "kernel": entry["config"]["kind"], "config": config})
+        rows.append(tune.table_row(p, entry, xla.get((p.k, p.n, p.m, p.dtype, p.block))))
     return rows

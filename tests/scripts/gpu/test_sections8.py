@@ -13,7 +13,6 @@ from jq.pallas_kernels.config8 import Decode8Config, Prefill8Config
 from jq.pallas_kernels.quantize_rows import quantize_rows_reference
 from jq.pallas_kernels.weight8 import dequantize
 from scripts.gpu import (
-    benchmark,
     benchmark8,
     candidates8,
     compile_only,
@@ -23,9 +22,11 @@ from scripts.gpu import (
     products,
     products8,
     timing,
+    tune,
     tune8,
 )
 from scripts.gpu.configs import config_json, config_of
+from scripts.gpu.goals import plausible
 from scripts.gpu.problems8 import FP8, Problem8, on_host8
 
 TINY = Problem8(5, 128, 64)
@@ -146,7 +147,7 @@ def test_products_are_timed_with_different_weights(xla, method, monkeypatch):
     told = benchmark8.timed8(BLOCKS, method, program, {"timer": "wall"})
     assert (told["k"], told["n"], told["m"], told["method"]) == (256, 128, 6, method)
     assert (told["dtype"], told["block"]) == (FP8, True)
-    assert benchmark.plausible(told), told["rms"]
+    assert plausible(told), told["rms"]
     json.dumps(told)
 
 
@@ -171,7 +172,7 @@ def test_a_benchmark_item_and_a_candidate_run(xla, monkeypatch):
     monkeypatch.setattr(tune8, "items", lambda facts: [tried])
     monkeypatch.setattr(tune8, "_ahead", None)
     result = tune8.run(tried, {"timer": "wall"})
-    assert list(tune8.best([result])) == [TINY.key]
+    assert list(tune.best([result])) == [TINY.key]
 
 
 @pytest.mark.parametrize("problem", [TINY, dataclasses.replace(BLOCKS, bias=True)])
