@@ -20,11 +20,12 @@ from jax.sharding import Mesh
 from jq import checkpoint, tree
 from jq.checkpoint.format import Manifest, QTensorEntry
 from jq.checkpoint.reader import Shardings, place_array
+from jq.cuts import CutRule, Weight
 from jq.errors import CheckpointError, SpecError
 from jq.formats.reader import QuantizedCheckpoint, is_quantized_folder
 from jq.models import Decoder, HFCheckpoint, ModelConfig
 from jq.models.hf_names import mapping_failures, weight_table
-from jq.tensor_parallel import TensorParallel, Weight, unsharded
+from jq.tensor_parallel import TensorParallel, unsharded
 
 
 def load(
@@ -125,7 +126,11 @@ def save(
     config = (json.dumps(model.config.to_hf(), indent=2) + "\n").encode()
     files = {} if config_files_from is not None else {"config.json": config}
     with checkpoint.CheckpointWriter(
-        path, config_files_from=config_files_from, files=files, overwrite=overwrite
+        path,
+        config_files_from=config_files_from,
+        files=files,
+        overwrite=overwrite,
+        cuts=CutRule(model),
     ) as writer:
         for name, subtree in params.items():
             writer.write_part(name, subtree)

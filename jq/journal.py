@@ -36,6 +36,7 @@ from jq.checkpoint.manifest import encode_json, parse_part, part_json
 from jq.checkpoint.part_writer import save_part
 from jq.checkpoint.reader import part_tree, read_part
 from jq.checkpoint.shards import rows_of_processes
+from jq.cuts import CutRule
 from jq.distributed import Team
 from jq.errors import CheckpointError, JaxqError, OutputError, ProcessError
 from jq.interrupts import held_back
@@ -78,6 +79,7 @@ class Journal:
       block_names: of the model, in order.
       restart: forget an unfinished run.
       team: the processes that do the run together; this one alone by default.
+      cuts: the output's (see `CheckpointWriter`), which takes the blocks over as they are.
     """
 
     def __init__(
@@ -88,8 +90,9 @@ class Journal:
         *,
         restart: bool = False,
         team: Team | None = None,
+        cuts: CutRule | None = None,
     ) -> None:
-        self._team = team or Team(index=0, count=1)
+        self._team, self._cuts = team or Team(index=0, count=1), cuts
         self.target = Path(os.path.realpath(target))
         self.folder = journal_folder(target)
         self._facts, self._names, self._restart = facts, tuple(block_names), restart
@@ -143,7 +146,7 @@ class Journal:
         before = self.done[-1:]
         with held_back():
             folder = self.folder / _BLOCKS / block.name
-            part = save_part(folder, block.name, block.params, self._team)
+            part = save_part(folder, block.name, block.params, self._team, self._cuts)
             stream = None
             if block.hidden is not None:
                 tree = {"x": self._all_rows(block.hidden)}

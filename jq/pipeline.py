@@ -29,6 +29,7 @@ from jq.calib.report import BlockReport, LinearReport, ProgressCallback
 from jq.calib.tokens import CalibrationData
 from jq.checkpoint import CheckpointWriter, files, is_checkpoint
 from jq.checkpoint.manifest import library_versions
+from jq.cuts import CutRule
 from jq.data_mesh import checked_mesh, mesh_fact
 from jq.distributed import Team, all_devices
 from jq.errors import CalibrationError, CheckpointError, NonFiniteError, OutputError
@@ -168,7 +169,9 @@ def quantize_checkpoint(
             "mesh": mesh_fact(mesh, axis),
         }
         folder: dict[str, Any] = {"config_files_from": model_path, "overwrite": overwrite}
-        with Journal(out, decisive, source.block_names, restart=restart, team=team) as journal:
+        cuts = CutRule(Decoder(source.config))
+        journal = Journal(out, decisive, source.block_names, restart=restart, team=team, cuts=cuts)
+        with journal:
             resumed = len(journal.done)
             _quantize_blocks(
                 source,
@@ -183,7 +186,7 @@ def quantize_checkpoint(
             )
             report = RunReport(journal.target, journal.reports, 0.0, resumed)
             if target == "orbax":
-                opened = CheckpointWriter(out, team=team, **folder)
+                opened = CheckpointWriter(out, team=team, cuts=cuts, **folder)
                 _save(opened, source, journal, facts, report)
             else:
                 schemes = _schemes(recipe, source.config, target, options)

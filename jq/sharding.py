@@ -21,11 +21,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jq.cuts import misfit
 from jq.errors import SpecError
 from jq.matmul import qmatmul, reorder
 from jq.prepared import PreparedTensor
 from jq.qtensor import QTensor
-from jq.spec import QuantSpec
 
 Axes = str | tuple[str, ...] | None
 
@@ -125,25 +125,3 @@ def axes_of(mesh: Any, axes: Any) -> int:
     """Into how many parts an array's axis is cut by mesh axes."""
     names = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
     return math.prod(mesh.shape[name] for name in names)
-
-
-def misfit(
-    spec: QuantSpec, k: int, n: int, k_parts: int, n_parts: int, *, tiled: bool
-) -> str | None:
-    """Why a weight cannot be cut into so many equal parts, or None if it can.
-
-    tiled: the parts are prepared weights, in tiles of 64 x 64.
-    """
-    tile = 64 if tiled else 1
-    byte = 1 if spec.bits == 8 else 8  # eight codes share bytes
-    size = 1 if spec.granularity in ("channel", "tensor") else spec.group_size
-    block = size if spec.granularity == "block" else 1
-    # Zero points are packed along the outputs.
-    zero = byte if spec.has_zero_point and not tiled else 1
-    for name, length, parts, unit in (
-        ("K", k, k_parts, math.lcm(tile, byte, size)),
-        ("N", n, n_parts, math.lcm(tile, block, zero)),
-    ):
-        if parts > 1 and length % (parts * unit):
-            return f"{parts} shards of {name} = {length} are not multiples of {unit}"
-    return None

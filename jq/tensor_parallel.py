@@ -26,24 +26,13 @@ from jax.sharding import PartitionSpec as P
 
 from jq import tree
 from jq.blockwise import BlockwiseModel
+from jq.cuts import CutRule, Weight, misfit
 from jq.errors import SpecError
 from jq.qtensor import QTensor
 from jq.sharded import ShardedTensor
-from jq.sharding import axes_of, misfit, partition_specs
-from jq.spec import QuantSpec
+from jq.sharding import axes_of, partition_specs
 
 Place = Callable[[str, tuple[int, ...]], Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Weight:
-    """What decides about a quantized weight's cut: format, sizes, and whether it has an act
-    order."""
-
-    spec: QuantSpec
-    k: int
-    n: int
-    ordered: bool
 
 
 def tensor_mesh(devices: int, axis: str = "model") -> Mesh:
@@ -76,21 +65,18 @@ class TensorParallel:
         object.__setattr__(self, "mesh", mesh)
 
     @property
+    def cuts(self) -> CutRule:
+        """The axes of all weights, whatever the mesh."""
+        return CutRule(self.model)
+
+    @property
     def parts(self) -> int:
         """Into how many parts weights are cut."""
         return self.mesh.shape[self.axis]
 
     def cut(self, path: str, weight: Weight | None = None) -> tuple[str | None, str | None]:
         """Mesh axes of K and N of a linear's kernel; `weight`: None for a plain array."""
-        whole = weight is not None and (weight.ordered or weight.spec.activation is not None)
-        return (self.axis, None) if self._behind(path) and not whole else (None, self.axis)
-
-    def _behind(self, path: str) -> bool:
-        block, _, rest = path.removesuffix("/kernel").partition("/")
-        return block in self.model.block_names and any(
-            group.producer_kind == "linear" and rest in group.linears
-            for group in self.model.linear_groups
-        )
+        return (self.axis, None) if self.cuts.by_inputs(path, weight) else (None, self.axis)
 
     def check(self, weights: Mapping[str, Weight]) -> None:
         """Raise SpecError, listing the tensors, where shards would cut a group of inputs or a byte
@@ -122,18 +108,16 @@ class TensorParallel:
 
     def of_array(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
         """Where a parameter that is no QTensor lies; whole where the devices do not divide it."""
-        spec: tuple[Any, ...] = ()
-        if path.endswith("/kernel") and len(shape) == 2:
-            spec = self.cut(path)
-        elif len(shape) == 2:  # an embedding [V, D]
-            spec = (self.axis, None)
-        if any(axis and size % self.parts for axis, size in zip(spec, shape, strict=False)):
-            spec = ()
-        return self.sharding(*spec)
+        axis = self.cuts.of_array(path, shape)
+        return self._along(None if axis is None or shape[axis] % self.parts else axis, shape)
+
+    def _along(self, axis: int | None, shape: tuple[int, ...]) -> NamedSharding:
+        spec = (self.axis if i == axis else None for i in range(len(shape)))
+        return self.sharding(*(spec if axis is not None else ()))
 
     def of_qtensor(self, path: str, w: QTensor) -> QTensor:
         """`w` with a NamedSharding in the place of each array; w may be its shapes."""
-        specs = partition_specs(w, *self.cut(path, _weight(w)))
+        specs = partition_specs(w, *self.cut(path, Weight.of(w)))
         return jax.tree.map(
             lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=lambda s: isinstance(s, P)
         )
@@ -144,12 +128,12 @@ class TensorParallel:
         What lies there already is not moved.  Raises SpecError, see `check`.
         """
         leaves = dict(tree.leaves(params))
-        self.check({path: _weight(w) for path, w in leaves.items() if isinstance(w, QTensor)})
+        self.check({path: Weight.of(w) for path, w in leaves.items() if isinstance(w, QTensor)})
         out = dict(params)
         for path, leaf in leaves.items():
             if isinstance(leaf, QTensor):
                 placed = jax.device_put(leaf, self.of_qtensor(path, leaf))
-                k, n = self.cut(path, _weight(leaf))
+                k, n = self.cut(path, Weight.of(leaf))
                 made: Any = ShardedTensor(placed, self.mesh, k, n)
             else:
                 made = jax.device_put(leaf, self.of_array(path, np.shape(leaf)))
@@ -167,18 +151,9 @@ class TensorParallel:
             owner, _, field = path.rpartition("/")
             if owner not in weights:
                 return self.of_array(path, shape)
-            if field in ("order", "input_scale"):
-                return self.sharding()
-            k, n = self.cut(owner, weights[owner])
-            if field == "codes":
-                return self.sharding(k, n)
-            return self.sharding(k if shape[-2] > 1 else None, n if shape[-1] > 1 else None)
+            return self._along(self.cuts.of_field(owner, weights[owner], field, shape), shape)
 
         return place
-
-
-def _weight(w: QTensor) -> Weight:
-    return Weight(w.spec, w.k, w.n, w.order is not None)
 
 
 def unsharded(params: Any) -> Any:

@@ -7,8 +7,17 @@
 
 Inside a part every array is an uncompressed Zarr v2 array, so a file of data is exactly the
 little-endian C-order bytes of its chunk, and `sha256sum` prints the digest of the manifest. Arrays
-that several processes wrote have a chunk, and a digest, for each of their shards, and are read in
-parts by those who need no more; all others have one of each. Only the former need format version 2.
+in several chunks have a digest for each, and are read in parts by those who need no more:
+
+* What several processes wrote together has a chunk for each of its shards (format version 2).
+* Of what one process wrote, arrays of 512 KiB and more are stored in 8, 4 or 2 pieces along the
+  axis that tensor parallelism cuts (version 3). That axis is stored as two, [.., pieces, size /
+  pieces, ..], with a chunk for each piece.
+
+All else is one chunk, with one digest; a checkpoint of nothing else is of version 1. Pieces cost
+files: a Llama of 8 billion weights with int4 linears, in groups of 128 with zero points, has 739
+arrays in 2,993 files of data (one of 70 billion, 1,843 in 10,257), beside the small file that Orbax
+writes for every array. What stays whole is 0.9% (0.2%) of the bytes.
 """
 
 from __future__ import annotations
@@ -27,7 +36,7 @@ from jq.packing import LAYOUT_VERSION, packed_size
 from jq.spec import QuantSpec
 
 FORMAT = "jaxq"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "jaxq.json"
 REPORT = "report.json"
 PARAMS = "params"
@@ -58,6 +67,7 @@ class ArrayEntry:
       one after the other.
     chunk_shape: of arrays that are cut into equal chunks; () for the others.
     chunks: the digest of each chunk's bytes, in C order of the grid.
+    split: the axis that is stored as two, [.., chunks, size / chunks, ..]; None for no such one.
     """
 
     dtype: str
@@ -65,6 +75,7 @@ class ArrayEntry:
     sha256: str
     chunk_shape: tuple[int, ...] = ()
     chunks: tuple[str, ...] = ()
+    split: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -74,6 +85,21 @@ class ArrayEntry:
     def grid(self) -> tuple[int, ...]:
         """Chunks along each axis."""
         return tuple(n // c for n, c in zip(self.shape, self.chunk_shape, strict=True))
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape that the array has in Orbax."""
+        if (at := self.split) is None:
+            return self.shape
+        return (*self.shape[:at], len(self.chunks), self.chunk_shape[at], *self.shape[at + 1 :])
+
+    @property
+    def chunk_files(self) -> tuple[str, ...]:
+        """The names of the chunks' files, in the order of `chunks`."""
+        if (at := self.split) is None:
+            return tuple(".".join(map(str, place)) for place in np.ndindex(self.grid))
+        after = ("0",) * (len(self.shape) - at)
+        return tuple(".".join((*("0",) * at, str(i), *after)) for i in range(len(self.chunks)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +161,10 @@ class Manifest:
     @property
     def format_version(self) -> int:
         """The lowest that can tell all of it."""
-        cut = any(entry.chunks for part in self.parts.values() for _, entry in part.arrays())
-        return FORMAT_VERSION if cut else 1
+        entries = [entry for part in self.parts.values() for _, entry in part.arrays()]
+        if any(entry.split is not None for entry in entries):
+            return 3
+        return 2 if any(entry.chunks for entry in entries) else 1
 
     @property
     def nbytes(self) -> int:

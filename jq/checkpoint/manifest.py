@@ -110,6 +110,8 @@ def _array_json(entry: ArrayEntry) -> dict[str, Any]:
     node = dataclasses.asdict(entry)
     if not entry.chunks:
         del node["chunk_shape"], node["chunks"]
+    if entry.split is None:
+        del node["split"]
     return node
 
 
@@ -219,19 +221,22 @@ def _parse_tensor(path: str, node: Any, part: str, where: str) -> ArrayEntry | Q
 
 def _parse_array(path: str, node: Any) -> ArrayEntry:
     node = _mapping(node, path)
-    _only(node, ("dtype", "shape", "sha256", "chunk_shape", "chunks"), path)
+    _only(node, ("dtype", "shape", "sha256", "chunk_shape", "chunks", "split"), path)
     dtype = _field(node, "dtype", str, path)
     if dtype not in fmt.DTYPES:
         raise CheckpointError(f"{path}: dtype {dtype!r} is not one of {', '.join(fmt.DTYPES)}")
     shape = tuple(_size(size, path) for size in _field(node, "shape", list, path))
     entry = ArrayEntry(dtype, shape, _digest(node, "sha256", path))
     if "chunks" not in node:
+        if "split" in node:
+            raise CheckpointError(f"{path}: has a split, but no chunks")
         return entry
     chunks = dict(enumerate(_field(node, "chunks", list, path)))
     entry = dataclasses.replace(
         entry,
         chunk_shape=tuple(_size(size, path) for size in _field(node, "chunk_shape", list, path)),
         chunks=tuple(_digest(chunks, i, f"{path}: chunks") for i in chunks),
+        split=_size(node["split"], path) if "split" in node else None,
     )
     _check_chunks(path, entry)
     return entry
@@ -243,6 +248,12 @@ def _check_chunks(path: str, entry: ArrayEntry) -> None:
     if not fits or math.prod(entry.grid) != len(entry.chunks):
         raise CheckpointError(
             f"{path}: {len(entry.chunks)} chunks of {list(entry.chunk_shape)} do not make up "
+            f"{list(entry.shape)}"
+        )
+    wanted = tuple(len(entry.chunks) if i == entry.split else 1 for i in range(len(entry.shape)))
+    if entry.split is not None and (entry.split >= len(wanted) or entry.grid != wanted):
+        raise CheckpointError(
+            f"{path}: chunks of {list(entry.chunk_shape)} do not split axis {entry.split} of "
             f"{list(entry.shape)}"
         )
     if joint_digest(entry.chunks) != entry.sha256:

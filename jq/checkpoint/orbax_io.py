@@ -25,18 +25,34 @@ _METADATA = "_CHECKPOINT_METADATA"
 _COMMITTED = "commit_success.txt"
 
 
-def save_tree(folder: Path, arrays: Mapping[str, Any], *, jointly: bool = False) -> None:
+def save_tree(
+    folder: Path,
+    arrays: Mapping[str, Any],
+    axes: Mapping[str, int] | None = None,
+    *,
+    jointly: bool = False,
+) -> None:
     """Write a nested dict of arrays (none of size zero) as an Orbax checkpoint.
 
     Args:
       folder: to be made.
       arrays: NumPy arrays, and where all processes save jointly, jax.Arrays that lie on several.
+      axes: for the NumPy arrays that are stored in chunks of size one along an axis, which one, by
+        slash-separated path.
       jointly: all processes of the program are here, with the same tree, and the same number of
         operations behind them (see `catch_up`): each writes the shards that it has, and process 0
         the NumPy arrays. Otherwise nobody waits for anybody.
     """
     ocp = _orbax()
-    with _quiet(), _context(ocp, jointly=jointly):
+    context = _context(ocp, jointly=jointly)
+    storage_options = context.array.saving.StorageOptions
+
+    def options(key: Any, value: Any) -> Any:
+        axis = (axes or {}).get("/".join(str(step.key) for step in key))
+        return None if axis is None else storage_options(shard_axes=(axis,))
+
+    context.array.saving.scoped_storage_options_creator = options
+    with _quiet(), context:
         ocp.save(folder, dict(arrays), checkpointable_name=STATE)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,21 +19,29 @@ from jax.core import Tracer
 
 from jq.checkpoint import files as fs
 from jq.checkpoint import format as fmt
-from jq.checkpoint import orbax_io
+from jq.checkpoint import orbax_io, splits
 from jq.checkpoint.digests import array_digest, in_threads, joint_digest, little_endian
 from jq.checkpoint.format import ArrayEntry, FileEntry, PartEntry, QTensorEntry
 from jq.checkpoint.parts import nest, other_files
 from jq.checkpoint.shards import ShardedArray, sharded
+from jq.checkpoint.splits import SplitArray
+from jq.cuts import CutRule
 from jq.distributed import Team
 from jq.errors import CheckpointError, OutputError
 from jq.qtensor import QTensor
 
 _FIELDS = tuple(f.name for f in dataclasses.fields(QTensor) if not f.metadata.get("static"))
-# Room for Orbax's small files: per part, and per array.
-_PART_OVERHEAD, _ARRAY_OVERHEAD = 32_768, 8_192
+# Room for Orbax's small files, per part and per array, and for the last block of each piece.
+_PART_OVERHEAD, _ARRAY_OVERHEAD, _FILE_OVERHEAD = 32_768, 8_192, 4_096
 
 
-def save_part(folder: Path, name: str, subtree: Any, team: Team | None = None) -> PartEntry:
+def save_part(
+    folder: Path,
+    name: str,
+    subtree: Any,
+    team: Team | None = None,
+    cuts: CutRule | None = None,
+) -> PartEntry:
     """Write a part into a folder, which is made or replaced, and sync it to the disk.
 
     Args:
@@ -40,16 +49,20 @@ def save_part(folder: Path, name: str, subtree: Any, team: Team | None = None) -
       name: the part's key in the parameter tree.
       subtree: nested dicts of arrays and QTensors, or one of those.
       team: the program's processes, all of which are here, with the same tree.
+      cuts: along which axes large arrays are stored in pieces where one process writes alone (see
+        `jq.checkpoint.splits`); None: they stay whole.
     Returns: what the manifest holds of it, the same in every process.
     Raises: see `CheckpointWriter.write_part`.
     """
     team = team or Team(index=0, count=1)
     arrays: dict[str, Stored] = {}
     tensors: dict[str, QTensor | None] = {}
+    cuts = cuts if team.count == 1 else None  # the shards of several processes are their pieces
 
     def fetch() -> list[Any]:
         for path, leaf in _leaves("", name, subtree):
-            tensors[path] = _add_leaf(path, leaf, arrays, team)
+            plan = {} if cuts is None else splits.plan(path, leaf, cuts)
+            tensors[path] = _add_leaf(path, leaf, arrays, team, plan)
         _check_stored_names(arrays)
         _check_room(folder, arrays)
         digests = in_threads(_digest, arrays.values())
@@ -66,13 +79,14 @@ def save_part(folder: Path, name: str, subtree: Any, team: Team | None = None) -
     return PartEntry(entries, _save(folder, name, arrays, team))
 
 
-Stored = np.ndarray | ShardedArray
+Stored = np.ndarray | ShardedArray | SplitArray
 
 
 def _check_room(folder: Path, arrays: Mapping[str, Stored]) -> None:
     stored = [_data(array) for array in arrays.values()]
     needed = sum(array.nbytes for array in stored)
-    overhead = _PART_OVERHEAD + _ARRAY_OVERHEAD * len(stored)
+    files = sum(len(array.chunks) for array in arrays.values() if isinstance(array, SplitArray))
+    overhead = _PART_OVERHEAD + _ARRAY_OVERHEAD * len(stored) + _FILE_OVERHEAD * files
     if needed:
         fs.check_room(folder.parent, needed + overhead)
 
@@ -83,8 +97,9 @@ def _save(
     stored = {path: _data(array) for path, array in arrays.items() if _data(array).size}
     if not stored:  # Orbax refuses arrays of size zero; the manifest holds all there is
         return {}
+    axes = {path: array.axis for path, array in arrays.items() if isinstance(array, SplitArray)}
     with _orbax_errors(folder, name, team):
-        orbax_io.save_tree(folder, nest(stored), jointly=team.count > 1)
+        orbax_io.save_tree(folder, nest(stored), axes, jointly=team.count > 1)
 
     def finish() -> dict[str, Any]:
         with _orbax_errors(folder, name, team):
@@ -108,19 +123,25 @@ def _orbax_errors(folder: Path, name: str, team: Team) -> Iterator[None]:
         raise OutputError(f"{folder}: part {name!r} cannot be written: {reason}") from error
 
 
-def _add_leaf(path: str, leaf: Any, arrays: dict[str, Stored], team: Team) -> QTensor | None:
+def _add_leaf(
+    path: str,
+    leaf: Any,
+    arrays: dict[str, Stored],
+    team: Team,
+    plan: Mapping[str, tuple[int, int]],
+) -> QTensor | None:
     """Fetch a leaf's arrays to the host; returns the QTensor, whose static fields are needed."""
     if not isinstance(leaf, QTensor):
-        arrays[path] = _stored(path, leaf, team)
+        arrays[path] = _stored(path, leaf, team, plan)
         return None
     for field in _FIELDS:
         value = getattr(leaf, field)
         if value is not None:
-            arrays[f"{path}/{field}"] = _stored(f"{path}/{field}", value, team)
+            arrays[f"{path}/{field}"] = _stored(f"{path}/{field}", value, team, plan)
     return leaf
 
 
-def _stored(path: str, leaf: Any, team: Team) -> Stored:
+def _stored(path: str, leaf: Any, team: Team, plan: Mapping[str, tuple[int, int]]) -> Stored:
     if isinstance(leaf, jax.Array):
         if isinstance(leaf, Tracer):
             raise CheckpointError(f"{path}: is traced by JAX; write checkpoints outside of jit")
@@ -138,17 +159,22 @@ def _stored(path: str, leaf: Any, team: Team) -> Stored:
             f"{path}: is {leaf.dtype.name}, and checkpoints hold {', '.join(fmt.DTYPES)}: cast it"
         )
     cut = sharded(path, leaf) if team.count > 1 else None
-    return little_endian(np.asarray(leaf)) if cut is None else cut
+    if cut is not None:
+        return cut
+    whole = little_endian(np.asarray(leaf))
+    return splits.split(whole, *plan[path]) if path in plan else whole
 
 
 def _data(array: Stored) -> Any:
-    return array.array if isinstance(array, ShardedArray) else array
+    return array if isinstance(array, np.ndarray) else array.array
 
 
 def _digest(array: Stored) -> str | dict[str, str]:
     """The digest of an array, or those of this process's chunks by their number."""
     if isinstance(array, ShardedArray):
         return {str(number): digest for number, digest in array.digests.items()}
+    if isinstance(array, SplitArray):
+        return {str(number): array_digest(chunk) for number, chunk in enumerate(array.chunks)}
     return array_digest(array)
 
 
@@ -156,12 +182,14 @@ def _merged(arrays: Mapping[str, Stored], told: Sequence[Sequence[Any]]) -> dict
     """The entry of every array, from the digests that each process has told."""
     entries = {}
     for (path, array), digests in zip(arrays.items(), zip(*told, strict=True), strict=True):
-        dtype, shape = _data(array).dtype.name, tuple(_data(array).shape)
-        if isinstance(array, ShardedArray):
+        dtype, shape = _data(array).dtype.name, tuple(array.shape)
+        if not isinstance(array, np.ndarray):
             chunks = {int(number): d for some in digests for number, d in some.items()}
-            ordered = tuple(chunks[number] for number in range(array.chunk_count))
+            count = math.prod(shape) // math.prod(array.chunk_shape)
+            ordered = tuple(chunks[number] for number in range(count))
+            axis = array.axis if isinstance(array, SplitArray) else None
             joint = joint_digest(ordered)
-            entries[path] = ArrayEntry(dtype, shape, joint, array.chunk_shape, ordered)
+            entries[path] = ArrayEntry(dtype, shape, joint, array.chunk_shape, ordered, axis)
             continue
         if len(set(digests)) > 1:
             other = next(i for i, digest in enumerate(digests) if digest != digests[0])

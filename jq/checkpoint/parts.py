@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jq.checkpoint.digests import file_entry
-from jq.checkpoint.format import FileEntry, PartEntry, stored_name
+from jq.checkpoint.format import ArrayEntry, FileEntry, PartEntry, stored_name
 from jq.checkpoint.orbax_io import STATE
 from jq.errors import CheckpointError
 
@@ -58,7 +58,8 @@ def check_part(folder: Path, part: PartEntry, *, verify: bool) -> None:
     for name, entry in part.files.items():
         _check_file(folder / name, entry, verify=verify)
     for path, entry in stored:
-        _check_size(path, _array_folder(folder, path), entry.nbytes)
+        check = _check_chunks if entry.chunks else _check_size
+        check(path, _array_folder(folder, path), entry)
 
 
 def _array_folder(folder: Path, path: str) -> Path:
@@ -84,15 +85,40 @@ def _check_file(path: Path, entry: FileEntry, *, verify: bool) -> None:
         )
 
 
-def _check_size(path: str, folder: Path, nbytes: int) -> None:
-    chunks = [p for p in folder.glob("*") if _CHUNK.fullmatch(p.name) and p.is_file()]
-    if not chunks:
+def _check_size(path: str, folder: Path, entry: ArrayEntry) -> None:
+    size = sum(_chunk_sizes(path, folder).values())
+    if size != entry.nbytes:
+        raise CheckpointError(
+            f"{path}: {folder} holds {size} bytes of data instead of {entry.nbytes}: "
+            "cut short or damaged; copy it again"
+        )
+
+
+def _check_chunks(path: str, folder: Path, entry: ArrayEntry) -> None:
+    found, wanted = _chunk_sizes(path, folder), set(entry.chunk_files)
+    for name in sorted(wanted - found.keys()):
+        raise CheckpointError(
+            f"{path}: {folder / name} is missing: the checkpoint is incomplete; copy it again"
+        )
+    for name in sorted(found.keys() - wanted):
+        raise CheckpointError(
+            f"{path}: {folder / name} is none of its {len(wanted)} chunks: the checkpoint was "
+            "tampered with or damaged; copy it again"
+        )
+    nbytes = entry.nbytes // len(wanted)
+    for name, size in found.items():
+        if size != nbytes:
+            raise CheckpointError(
+                f"{path}: {folder / name} holds {size} bytes instead of {nbytes}: "
+                "cut short or damaged; copy it again"
+            )
+
+
+def _chunk_sizes(path: str, folder: Path) -> dict[str, int]:
+    files = (file for file in folder.glob("*") if _CHUNK.fullmatch(file.name) and file.is_file())
+    sizes = {file.name: file.stat().st_size for file in files}
+    if not sizes:
         raise CheckpointError(
             f"{path}: there is no data in {folder}: the checkpoint is incomplete; copy it again"
         )
-    size = sum(chunk.stat().st_size for chunk in chunks)
-    if size != nbytes:
-        raise CheckpointError(
-            f"{path}: {folder} holds {size} bytes of data instead of {nbytes}: "
-            "cut short or damaged; copy it again"
-        )
+    return sizes

@@ -16,7 +16,13 @@ from jq import tree
 from jq.checkpoint import format as fmt
 from jq.checkpoint import orbax_io
 from jq.checkpoint.digests import array_digest, file_entry, in_threads
-from jq.checkpoint.direct import chunk_digests, direct_sharding, misfits
+from jq.checkpoint.direct import (
+    chunk_digests,
+    direct_sharding,
+    joined,
+    misfits,
+    stored_sharding,
+)
 from jq.checkpoint.format import ArrayEntry, Manifest, PartEntry, QTensorEntry
 from jq.checkpoint.manifest import parse_manifest
 from jq.checkpoint.parts import check_part, nest
@@ -174,7 +180,11 @@ def _read_stored(
     folder: Path, name: str, entries: Mapping[str, ArrayEntry], direct: Mapping[str, Sharding]
 ) -> dict[str, Any]:
     target = {
-        path: orbax_io.abstract(jnp.dtype(entry.dtype), entry.shape, direct.get(path))
+        path: orbax_io.abstract(
+            jnp.dtype(entry.dtype),
+            entry.stored_shape,
+            stored_sharding(entry, direct[path]) if path in direct else None,
+        )
         for path, entry in entries.items()
     }
     try:
@@ -191,6 +201,11 @@ def _read_stored(
             "it is damaged; copy it again"
         ) from error
     _check_stored(folder, {p: (a.dtype.name, a.shape) for p, a in arrays.items()}, entries)
+    for path, entry in entries.items():
+        if path in direct:
+            arrays[path] = joined(entry, arrays[path], direct[path])
+        else:
+            arrays[path] = arrays[path].reshape(entry.shape)
     return arrays
 
 
@@ -202,9 +217,9 @@ def _check_stored(
         raise CheckpointError(f"{path}: is in the {has} of {folder}, but not in its {lacks}")
     for path, entry in wanted.items():
         dtype, shape = found[path]
-        if (dtype, shape) != (entry.dtype, entry.shape):
+        if (dtype, shape) != (entry.dtype, entry.stored_shape):
             raise CheckpointError(
-                f"{path}: the manifest says {entry.dtype}{list(entry.shape)}, "
+                f"{path}: the manifest says {entry.dtype}{list(entry.stored_shape)}, "
                 f"but {dtype}{list(shape)} is stored: the checkpoint was tampered with or damaged"
             )
 

@@ -36,8 +36,8 @@ class ShardedArray:
     digests: Mapping[int, str]
 
     @property
-    def chunk_count(self) -> int:
-        return math.prod(self.array.shape) // math.prod(self.chunk_shape)
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
 
 
 def sharded(path: str, leaf: Any) -> ShardedArray | None:

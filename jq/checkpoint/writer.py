@@ -14,6 +14,7 @@ from jq.checkpoint.folder_writer import FolderWriter
 from jq.checkpoint.format import Manifest, PartEntry
 from jq.checkpoint.manifest import encode_json, library_versions, manifest_json
 from jq.checkpoint.part_writer import save_part
+from jq.cuts import CutRule
 from jq.distributed import Team
 from jq.errors import CheckpointError, ModelError
 
@@ -40,6 +41,8 @@ class CheckpointWriter(FolderWriter):
       files: further files to put beside them, by plain name; they win over copied ones.
       overwrite: replace an existing folder that jaxq has made (anything else is never replaced).
       team: the program's processes, where they are kept in step already.
+      cuts: the model's rule for the axes that the pieces of large arrays lie along; without one it
+        is the last axis.
     """
 
     def __init__(
@@ -50,10 +53,12 @@ class CheckpointWriter(FolderWriter):
         files: Mapping[str, bytes] | None = None,
         overwrite: bool = False,
         team: Team | None = None,
+        cuts: CutRule | None = None,
     ) -> None:
         super().__init__(path, overwrite=overwrite, team=team or Team(), own=team is None)
         self._copies = _collect(config_files_from, files or {})
         self._parts: dict[str, PartEntry] = {}
+        self._cuts = cuts or CutRule()
 
     def __enter__(self) -> CheckpointWriter:
         """Take the folder's lock and clear away what dead processes left.
@@ -86,7 +91,8 @@ class CheckpointWriter(FolderWriter):
         partial = self._open()
         if name in self._parts:
             raise CheckpointError(f"part {name!r} was written already")
-        self._parts[name] = save_part(partial / fmt.PARAMS / name, name, subtree, self._team)
+        folder = partial / fmt.PARAMS / name
+        self._parts[name] = save_part(folder, name, subtree, self._team, self._cuts)
 
     def link_part(self, name: str, folder: Path, part: PartEntry) -> None:
         """Take over a part that `save_part` has written into `folder`, which stays as it is.

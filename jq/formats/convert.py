@@ -15,12 +15,14 @@ import numpy as np
 from jq import checkpoint
 from jq.checkpoint.format import EXPORT_MANIFEST, REPORT, QTensorEntry
 from jq.checkpoint.writer import CheckpointWriter
+from jq.cuts import CutRule
 from jq.errors import CheckpointError, ModelError
 from jq.formats.export import ExportWriter, plain_config
 from jq.formats.plan import ExportFormat, FormatOptions, PlannedLinear, Scheme, schemes_for
 from jq.formats.reader import QuantizedCheckpoint, is_quantized_folder
 from jq.formats.shards import SHARD_BYTES
 from jq.interrupts import held_back
+from jq.models import Decoder
 
 Progress = Callable[[int, int, str], None]
 
@@ -74,6 +76,7 @@ def convert(
             config_files_from=path,
             files={"config.json": plain_config(Path(path))},
             overwrite=overwrite,
+            cuts=CutRule(Decoder(source.config)),
         )
     else:
         opened = ExportWriter(
@@ -119,6 +122,7 @@ class _ForeignSource:
 
     def __init__(self, path: Path) -> None:
         self._checkpoint = QuantizedCheckpoint(path, place=_on_host)
+        self.config = self._checkpoint.config
         self.meta = _export_meta(path)
         self.plan = {
             tensor.path: _planned(tensor.scheme, *tensor.shape)

@@ -175,7 +175,7 @@ def test_the_checkpoint_itself_may_be_behind_a_link(copy):
         ("\xff", "not valid JSON"),
         ('{"format": "jaxq", "format": "jaxq"}', "'format' stands there twice"),
         ('{"format": "gguf"}', "'gguf'"),
-        ('{"format": "jaxq", "format_version": 3}', "format_version is 3"),
+        ('{"format": "jaxq", "format_version": 4}', "format_version is 4"),
         ('{"format": "jaxq", "format_version": true}', "True"),
         ('{"format": "jaxq", "format_version": 1, "packing_layout": 7}', "packing_layout is 7"),
         ('{"format": "jaxq", "format_version": 1, "packing_layout": 1}', "'parts' is missing"),
