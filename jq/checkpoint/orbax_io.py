@@ -52,6 +52,7 @@ def save_tree(
         return None if axis is None else storage_options(shard_axes=(axis,))
 
     context.array.saving.scoped_storage_options_creator = options
+    context.memory.deepcopy_host_arrays = False  # nobody changes them before this returns
     with _quiet(), context:
         ocp.save(folder, dict(arrays), checkpointable_name=STATE)
 
