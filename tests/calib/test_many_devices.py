@@ -6,11 +6,7 @@ The tests need eight devices, and run in a process of their own that has them.
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -35,11 +31,9 @@ from jq.requirements.memory import STATES, WEIGHTS, device_parts
 from jq.requirements.workload import run_of
 from jq.spec import QuantSpec, w8a8
 from tests.calib import decoders, hlo, toy
+from tests.devices import EIGHT, on_eight, run_with
 from tests.models import checkpoints
 
-ROOT = Path(__file__).parents[2]
-EIGHT = len(jax.devices()) == 8
-on_eight = pytest.mark.skipif(not EIGHT, reason="runs in the process with eight devices")
 pytestmark = pytest.mark.usefixtures("fast_compiles")
 _BLOCK = {"model", "kind", "index", "devices", "specs"}
 # The programs of a mesh, and their static arguments.
@@ -59,18 +53,7 @@ SAMPLES, LENGTH = 27, 8  # three devices get four samples, five get three
 @pytest.mark.skipif(EIGHT, reason="this is that process")
 @pytest.mark.parametrize("marked", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_on_eight_devices(marked, tmp_path):
-    flags = "--xla_force_host_platform_device_count=8"
-    flags += f" --xla_dump_to={tmp_path} --xla_dump_hlo_as_text"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marked, __file__],
-        cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert "passed" in done.stdout
+    run_with(8, __file__, marked, f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text")
     # Operations that are no program of ours, on arrays that lie in shards, exchange nothing.
     dumped = list(tmp_path.glob("*after_optimizations.txt"))
     talking = {f.name.split(".")[1] for f in dumped if hlo.collectives(f.read_text())}

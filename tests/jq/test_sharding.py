@@ -4,10 +4,6 @@ The tests need four devices, and run in a process of their own that has four.
 """
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +18,10 @@ from jq.prepare import choices, prepare
 from jq.prepared import PreparedTensor
 from jq.sharding import misfit, partition_specs, sharded_qmatmul
 from jq.spec import FP8, QuantSpec
+from tests.devices import run_with
 from tests.jq import cases, problems
 from tests.oracles import qmatmul as oracle
 
-ROOT = Path(__file__).parents[2]
 FOUR = len(jax.devices()) == 4
 K, N = 256, 128
 on_four = pytest.mark.skipif(not FOUR, reason="runs in the process with four devices")
@@ -33,17 +29,7 @@ on_four = pytest.mark.skipif(not FOUR, reason="runs in the process with four dev
 
 @pytest.mark.skipif(FOUR, reason="this is that process")
 def test_on_four_devices():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        cwd=ROOT,
-        env=os.environ
-        | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert "passed" in done.stdout
+    run_with(4, __file__)
 
 
 def mesh():

@@ -5,10 +5,6 @@ Meshes need eight devices, and run in a process of their own that has them.
 """
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,22 +15,21 @@ from jax.sharding import PartitionSpec as P
 
 import jq
 from jq import tree
-from jq.errors import SpecError
+from jq.errors import ModelError, SpecError
 from jq.methods.rtn import rtn_quantize
 from jq.models import Decoder
 from jq.models.config import ModelConfig
 from jq.models.generation import generate
+from jq.prepare import choices
 from jq.qtensor import QTensor
 from jq.sharded import ShardedTensor
 from jq.spec import QuantSpec, w8a8
 from jq.tensor_parallel import TensorParallel, Weight, tensor_mesh, unsharded
 from tests.calib import hlo
 from tests.checkpoint.trees import assert_same, cut_into_chunks
+from tests.devices import EIGHT, on_eight, run_with
 from tests.models import checkpoints
 
-ROOT = Path(__file__).parents[2]
-EIGHT = len(jax.devices()) == 8
-on_eight = pytest.mark.skipif(not EIGHT, reason="runs in the process with eight devices")
 pytestmark = pytest.mark.usefixtures("fast_compiles")
 # Eight devices cut every linear of it between groups of 8.
 RAW = checkpoints.CONFIGS["llama3"] | {
@@ -58,17 +53,7 @@ TOKENS = np.random.default_rng(1).integers(0, 64, (2, 6), dtype=np.int32)
 @pytest.mark.skipif(EIGHT, reason="this is that process")
 @pytest.mark.parametrize("marked", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_on_eight_devices(marked):
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marked, __file__],
-        cwd=ROOT,
-        env=os.environ
-        | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert "passed" in done.stdout
+    run_with(8, __file__, marked)
 
 
 def decoder(spec: QuantSpec | None = INT4, *, ordered: bool = False):
@@ -163,6 +148,21 @@ def test_text_is_that_of_one_device():
 
 
 @on_eight
+def test_perplexity_is_that_of_one_device_and_a_reference_lies_on_the_same():
+    model, params = decoder()
+    two, four = (TensorParallel(model, tensor_mesh(n)).shard(params) for n in (2, 4))
+    knobs = {"seq_len": 6, "batch_size": 2}
+    one = jq.evaluate(model, params, TOKENS, **knobs)
+    # What is tied to no device follows.
+    many = jq.evaluate(model, two, TOKENS, reference_params=params, **knobs)
+    assert many.window_nll == pytest.approx(one.window_nll, rel=1e-5)
+    assert many.reference_window_nll == pytest.approx(one.window_nll, rel=1e-5)
+    said = r"on devices \[0, 1\], the reference on \[0, 1, 2, 3\]; load both with one mesh"
+    with pytest.raises(ModelError, match=said):
+        jq.evaluate(model, two, TOKENS, reference_params=four, **knobs)
+
+
+@on_eight
 def test_checkpoints_go_from_mesh_to_mesh(tmp_path):
     model, params = decoder()
     jq.save(tmp_path / "whole", model, params)
@@ -237,5 +237,6 @@ def test_a_sharded_tensor_tells_what_its_weight_is():
     cut = ShardedTensor(w, one_device(), None, "model")
     assert (cut.shape, cut.ndim, cut.nbytes, cut.spec) == ((16, 8), 2, w.nbytes, INT4)
     assert unsharded({"a": cut, "b": 1}) == {"a": w, "b": 1}
+    assert list(choices({"up": {"kernel": cut}}, "sm_90")) == ["up/kernel"]
     again = jax.tree.map(lambda a: a, cut)
     assert (again.k, again.n, again.mesh) == (None, "model", cut.mesh)
