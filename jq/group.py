@@ -7,13 +7,16 @@ each other, so the Hessian is factored once and each shape compiles once.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
+from jq import statistics
 from jq.errors import CalibrationError
 from jq.methods.gptq import GPTQ, factor_hessian, gptq_solve
 from jq.methods.rtn import RTN, rtn_quantize
@@ -24,6 +27,9 @@ from jq.statistics import InputStats
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
+
+# So many outputs of a group's linears are compared with what they were at a time.
+OUTPUTS = 512
 
 
 class GroupReport(NamedTuple):
@@ -88,24 +94,32 @@ def solve_group(weights, stats, hessian, scale, spec, rounding, axis_name=None) 
     axis_name: inside `jax.shard_map`, the mesh axis over whose devices the outputs of each weight
       are cut: results are those of the shards, the report that of the whole.
     """
-    weights = [w.astype(jnp.float32) for w in weights]
-    if spec.granularity in ("tensor", "block"):
-        # Outputs share scales within a linear: linears must not see each other.
-        parts = [_round(w, stats, hessian, spec, rounding) for w in weights]
+    widths = [w.shape[1] for w in weights]
+    w = jnp.concatenate([w.astype(jnp.float32) for w in weights], axis=1)
+    if _shares_outputs(spec):
+        parts = [_round(part, stats, hessian, spec, rounding) for part in _split(w, widths)]
         solutions = [part[0] for part in parts]
         damp = jnp.max(jnp.stack([part[1] for part in parts]))
         failed = jnp.any(jnp.stack([part[2] for part in parts]))
+        q = jnp.concatenate([s.dequantize(spec) for s in solutions], axis=1)
     else:
-        whole, damp, failed = _round(
-            jnp.concatenate(weights, axis=1), stats, hessian, spec, rounding
-        )
-        starts = [sum(w.shape[1] for w in weights[:i]) for i in range(len(weights))]
-        solutions = [whole.columns(a, a + w.shape[1]) for a, w in zip(starts, weights, strict=True)]
+        whole, damp, failed = _round(w, stats, hessian, spec, rounding)
+        ends = itertools.accumulate(widths)
+        solutions = [whole.columns(end - n, end) for n, end in zip(widths, ends, strict=True)]
+        q = whole.dequantize(spec)
     input_scale = static_input_scale(stats, spec)
     qtensors = tuple(s.to_qtensor(spec, input_scale=input_scale) for s in solutions)
-    kernels = tuple(s.dequantize(spec) for s in solutions)
-    report = _report(weights, kernels, stats, scale, spec, damp, failed, axis_name)
-    return RoundedGroup(qtensors, kernels, report)
+    report = _report(w, q, widths, stats, scale, spec, damp, failed, axis_name)
+    return RoundedGroup(qtensors, tuple(_split(q, widths)), report)
+
+
+def _shares_outputs(spec: QuantSpec) -> bool:
+    """Whether outputs share scales within a linear: then linears must not see each other."""
+    return spec.granularity in ("tensor", "block")
+
+
+def _split(w: jax.Array, widths: Sequence[int]) -> list[jax.Array]:
+    return jnp.split(w, np.cumsum(widths)[:-1], axis=1)
 
 
 def _round(w, stats, hessian, spec, rounding) -> tuple[Solution, jax.Array, jax.Array]:
@@ -133,8 +147,9 @@ def static_input_scale(stats: InputStats | None, spec: QuantSpec) -> jax.Array |
 
 
 def _report(
-    weights: Sequence[jax.Array],
-    rounded: Sequence[jax.Array],
+    w: Float[Array, "K N"],
+    q: Float[Array, "K N"],
+    widths: Sequence[int],
     stats: InputStats | None,
     scale: Float[Array, "K"] | None,
     spec: QuantSpec,
@@ -142,38 +157,60 @@ def _report(
     failed: jax.Array,
     axis_name: str | None,
 ) -> GroupReport:
-    w, q = (jnp.concatenate(list(parts), axis=1) for parts in (weights, rounded))
     # [outputs, linears]: which output is whose.  Sums over outputs are products with it.
-    owner = jnp.repeat(jnp.eye(len(weights)), np.array([w.shape[1] for w in weights]), axis=0)
+    owner = jnp.repeat(jnp.eye(len(widths)), np.array(widths), axis=0)
     energy = _whole(jnp.sum(jnp.square(jnp.stack([w - q, w])), axis=1) @ owner, axis_name)
     weight_error = _ratio(energy[0], energy[1])
     if stats is None:
-        unknown = jnp.full((len(weights),), jnp.nan)
+        unknown = jnp.full((len(widths),), jnp.nan)
         return GroupReport(weight_error, unknown, unknown, damp, failed)
-    original = w if scale is None else w / scale[:, None]
-    nearest = jnp.concatenate(
-        [
-            rtn_quantize(part, spec).dequantize(spec)
-            for part in jnp.split(original, np.cumsum([w.shape[1] for w in weights])[:-1], axis=1)
-        ]
-        if spec.granularity in ("tensor", "block")
-        else [rtn_quantize(original, spec).dequantize(spec)],
-        axis=1,
-    )
-    if scale is not None:
-        nearest = nearest * scale[:, None]
-    # The output energy of D is tr(D' H D), by output and then by linear.
-    parts = jnp.stack([w - q, w, w - nearest])
-    seen = jnp.einsum("jk,pkn->pjn", stats.gram, parts, precision=jax.lax.Precision.HIGHEST)
-    energy = _whole(jnp.sum(parts * seen, axis=1) @ owner, axis_name)
+    energy = _whole(_output_energies(stats.gram, w, q, widths, scale, spec) @ owner, axis_name)
     return GroupReport(
         weight_error, _ratio(energy[0], energy[1]), _ratio(energy[2], energy[1]), damp, failed
     )
 
 
+def _output_energies(
+    gram: Float[Array, "K K"],
+    w: Float[Array, "K N"],
+    q: Float[Array, "K N"],
+    widths: Sequence[int],
+    scale: Float[Array, "K"] | None,
+    spec: QuantSpec,
+) -> Float[Array, "3 N"]:
+    """Output energies of w - q, w and w - (w to nearest), some outputs at a time: what is compared
+    would else be most of a run's memory."""
+    n = w.shape[1]
+    size = min(n, OUTPUTS)
+    parts = [w, q]
+    if _shares_outputs(spec):
+        parts.append(jnp.concatenate([_nearest(p, scale, spec) for p in _split(w, widths)], axis=1))
+
+    def of(w: jax.Array, q: jax.Array, nearest: jax.Array | None = None) -> jax.Array:
+        nearest = _nearest(w, scale, spec) if nearest is None else nearest
+        errors = jnp.concatenate([w - q, w, w - nearest], axis=1)
+        return statistics.output_energy(gram, errors).reshape(3, -1)
+
+    def add(step: jax.Array, found: jax.Array) -> jax.Array:
+        # The last ones begin early enough to be as many, and some are looked at twice.
+        start = jnp.minimum(step * size, n - size)
+        some = of(*(lax.dynamic_slice_in_dim(part, start, size, axis=1) for part in parts))
+        return lax.dynamic_update_slice_in_dim(found, some, start, axis=1)
+
+    if size == n:
+        return of(*parts)
+    return lax.fori_loop(0, -(-n // size), add, jnp.zeros((3, n), jnp.float32))
+
+
+def _nearest(w: jax.Array, scale: Float[Array, "K"] | None, spec: QuantSpec) -> jax.Array:
+    """The weights rounded to nearest, as they were before `scale` was folded in."""
+    factor = jnp.float32(1) if scale is None else scale[:, None]
+    return rtn_quantize(w / factor, spec).dequantize(spec) * factor
+
+
 def _whole(energy: jax.Array, axis_name: str | None) -> jax.Array:
     """The sum over the devices that hold the outputs."""
-    return energy if axis_name is None else jax.lax.psum(energy, axis_name)
+    return energy if axis_name is None else lax.psum(energy, axis_name)
 
 
 def _ratio(part: jax.Array, whole: jax.Array) -> jax.Array:

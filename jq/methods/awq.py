@@ -21,6 +21,7 @@ from jq.errors import SpecError
 from jq.methods.gptq import GPTQ
 from jq.methods.rtn import RTN
 from jq.spec import QuantSpec
+from jq.statistics import output_energy
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -124,8 +125,7 @@ def gram_loss(
         total = jnp.float32(0)
         for w in weights:
             error = grid.effective_weight(w, scale, spec) - w.astype(jnp.float32)
-            pulled = jnp.matmul(gram, error, precision=lax.Precision.HIGHEST)
-            total += jnp.sum(error * pulled)
+            total += jnp.sum(output_energy(gram, error))
         return total
 
     return loss

@@ -28,12 +28,16 @@ from jax import lax
 
 from jq import grid
 from jq.errors import SpecError
+from jq.methods import clip
 from jq.methods.rtn import Clip, weight_range
 from jq.methods.solution import Solution
 from jq.spec import QuantSpec
 
 # A factorisation that fails is tried again with ten times the damping, this often.
 MAX_DAMPING_TRIES = 6
+
+# Inputs whose errors are summed at a time: enough to keep a matrix product busy.
+PANEL = 1024
 
 # GPUs would cut float32 operands to TF32 by default, and codes with them.
 _dot = functools.partial(lax.dot, precision=lax.Precision.HIGHEST)
@@ -100,15 +104,18 @@ class HessianFactor(NamedTuple):
 
     order: int32 [K], the order in which inputs are quantized, or None.
     group_order: int32 [G], the order of the groups (GAR), or None.
-    gram: float32 [K, K], undamped, in that order.
-    root: float32 [K, K], upper triangular R with gram + damping = R R'.
+    blocks: float32 [G, g, g], what clip "output" needs of the Gram matrix, None for other clips:
+      each group's inputs, in that order, or for static groups in the weights' own.
+    unit: float32 [K, K], U, upper triangular with ones on its diagonal.
+    diagonal: float32 [K], of R = U diag(R), which has H + damping = R R' in that order.
     damp, failed: see `GPTQInfo`.
     """
 
     order: jax.Array | None
     group_order: jax.Array | None
-    gram: jax.Array
-    root: jax.Array
+    blocks: jax.Array | None
+    unit: jax.Array
+    diagonal: jax.Array
     damp: jax.Array
     failed: jax.Array
 
@@ -132,9 +139,11 @@ def gptq_quantize(
 def factor_hessian(gram: jax.Array, spec: QuantSpec, config: GPTQ) -> HessianFactor:
     """Order the inputs and factor the Hessian: once for all weights that share the inputs."""
     order, group_order = _processing_order(gram, spec, config)
-    permuted = gram if order is None else gram[order][:, order]
-    damp, root, failed = _damped_root(permuted, config.damp_percent)
-    return HessianFactor(order, group_order, permuted, root, damp, failed)
+    blocks = None
+    if config.clip == "output":
+        blocks = _group_blocks(gram, None if config.static_groups else order, spec)
+    damp, unit, diagonal, failed = _damped_factor(gram, order, config.damp_percent)
+    return HessianFactor(order, group_order, blocks, unit, diagonal, damp, failed)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "config"))
@@ -143,10 +152,9 @@ def gptq_solve(
 ) -> tuple[Solution, GPTQInfo]:
     """`gptq_quantize` with the Hessian already factored."""
     w = w.astype(jnp.float32)
-    unit = hessian.root / jnp.diagonal(hessian.root)[None, :]
     solve = _solve_static if config.static_groups else _solve_dynamic
-    solution, errors = solve(w, hessian, unit, spec, config)
-    loss = jnp.sum(jnp.square(_dot(hessian.root.T, errors)))
+    solution, errors = solve(w, hessian, spec, config)
+    loss = jnp.sum(jnp.square(hessian.diagonal[:, None] * _dot(hessian.unit.T, errors)))
     solution = _restore_rows(solution, hessian.order, hessian.group_order, spec, config)
     return solution, GPTQInfo(loss, hessian.damp, hessian.failed)
 
@@ -167,54 +175,70 @@ def _processing_order(
     return order[group_order].reshape(-1), group_order
 
 
-def _damped_root(gram: jax.Array, damp_percent: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """R upper triangular with H + damping = R R'.
+def _group_blocks(gram: jax.Array, order: jax.Array | None, spec: QuantSpec) -> jax.Array:
+    """[G, g, g]: the Gram matrix of each group's inputs, in processing order."""
+    groups = spec.num_groups(gram.shape[0])
+    if order is None:
+        return clip.gram_blocks(gram, groups)
+    inputs = order.reshape(groups, -1)
+    return jax.vmap(lambda of: gram[of[:, None], of[None, :]])(inputs)
+
+
+def _damped_factor(
+    gram: jax.Array, order: jax.Array | None, damp_percent: float
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """U and diag(R) with H + damping = R R', R = U diag(R) upper triangular.
 
     JAX's Cholesky reports failure as NaN only: check, and try again with more damping.  If every
     try fails R is the identity, with which nothing is compensated: rounding to nearest.
 
-    Returns the damping fraction, R, and whether all tries failed.
+    These matrices are a run's largest: as few as possible live at a time.
+
+    Returns the damping fraction, U, diag(R), and whether all tries failed.
     """
+    k = gram.shape[0]
     mean = jnp.mean(jnp.diagonal(gram))
     # Where no input is ever alive, any positive diagonal will do.
     mean = jnp.where(mean > 0, mean, 1.0)
-    eye = jnp.eye(gram.shape[0], dtype=gram.dtype)
-
-    def factor(damp):
-        damped = gram + damp * mean * eye
-        # The reversal of rows and columns turns the lower factor of the reversed H into an upper
-        # one of H.
-        return lax.linalg.cholesky(damped[::-1, ::-1], symmetrize_input=False)[::-1, ::-1]
+    # The reversal of rows and columns turns the lower factor of the reversed H into an upper one
+    # of H.
+    backwards = jnp.arange(k)[::-1] if order is None else order[::-1]
+    inputs = jnp.arange(k)
 
     def attempt(state):
         tries, damp, _ = state
         damp = jnp.where(tries == 0, damp, jnp.maximum(damp * 10, 1e-4))
-        return tries + 1, damp, factor(damp)
+        damped = gram[backwards][:, backwards].at[inputs, inputs].add(damp * mean)
+        return tries + 1, damp, lax.linalg.cholesky(damped, symmetrize_input=False)
 
     start = (0, jnp.float32(damp_percent), jnp.full_like(gram, jnp.nan))
-    _, damp, root = lax.while_loop(
+    _, damp, lower = lax.while_loop(
         lambda state: (state[0] <= MAX_DAMPING_TRIES) & _broken(jnp.diagonal(state[2])),
         attempt,
         start,
     )
-    failed = _broken(jnp.diagonal(root))
-    return damp, jnp.where(failed, eye, jnp.triu(root)), failed
+    diagonal = jnp.diagonal(lower)[::-1]
+    failed = _broken(diagonal)
+    diagonal = jnp.where(failed, 1.0, diagonal)
+    unit = jnp.where(failed, jnp.eye(k), lower[::-1, ::-1] / diagonal[None, :])
+    return damp, unit, diagonal, failed
 
 
 def _broken(diagonal: jax.Array) -> jax.Array:
-    """Whether this is the diagonal of a factorisation that failed, which is NaN all over.
+    """Whether this is the diagonal of a factorisation that failed, which is NaN all over, or of
+    infinite numbers.
 
     NaN > 0 is false.  Compared one by one: XLA's minimum of 4096 numbers and more takes no notice
     of NaN on a CPU.
     """
-    return ~jnp.all(diagonal > 0)
+    return ~jnp.all((diagonal > 0) & (diagonal < jnp.inf))
 
 
 def _largest_divisor(size: int, limit: int) -> int:
     return next(d for d in range(min(size, limit), 0, -1) if size % d == 0)
 
 
-def _solve_dynamic(w, hessian, unit, spec, config):
+def _solve_dynamic(w, hessian, spec, config):
     """Groups are runs of rows in processing order, their ranges those of compensated weights."""
     w = w if hessian.order is None else w[hessian.order]
     k, n = w.shape
@@ -224,15 +248,15 @@ def _solve_dynamic(w, hessian, unit, spec, config):
     def group(errors, g):
         start = g * size
         rows = lax.dynamic_slice_in_dim(w, start, size)
-        u = lax.dynamic_slice_in_dim(unit, start, size, axis=1)
+        u = lax.dynamic_slice_in_dim(hessian.unit, start, size, axis=1)
         triangle = lax.dynamic_slice_in_dim(u, start, size)
         pull, rows_now = None, rows
         if groups > 1:
-            pull = _dot(u.T, errors)
+            pull = _pull(u, errors, start)
             rows_now = rows + lax.linalg.triangular_solve(
                 triangle, pull, left_side=True, lower=False, transpose_a=True, unit_diagonal=True
             )
-        block = lax.dynamic_slice(hessian.gram, (start, start), (size, size))
+        block = None if hessian.blocks is None else hessian.blocks[g][None]
         lo, hi = weight_range(rows_now[None], spec, config.clip, block)
         scale, zero = grid.scale_and_zero(lo[0], hi[0], spec)
         new, codes = _round_rows(
@@ -246,20 +270,34 @@ def _solve_dynamic(w, hessian, unit, spec, config):
     return Solution(codes.reshape(k, n), scale, zero), errors
 
 
-def _solve_static(w, hessian, unit, spec, config):
+def _solve_static(w, hessian, spec, config):
     """Groups are runs of rows of the original weight, their ranges fixed before any rounding."""
     k = w.shape[0]
-    order, back = hessian.order, jnp.argsort(hessian.order)
-    gram = hessian.gram[back][:, back] if config.clip == "output" else None
-    lo, hi = weight_range(grid.split_groups(w, spec), spec, config.clip, gram)
+    order = hessian.order
+    lo, hi = weight_range(grid.split_groups(w, spec), spec, config.clip, hessian.blocks)
     scale, zero = (a[:, 0] for a in grid.scale_and_zero(lo, hi, spec))
     group_of = order // (k // scale.shape[0])
 
     def row_grid(row):
         return scale[group_of[row]], zero[group_of[row]]
 
-    errors, codes = _round_rows(w[order], None, unit, row_grid, spec, config.block_size)
+    errors, codes = _round_rows(w[order], None, hessian.unit, row_grid, spec, config.block_size)
     return Solution(codes, scale, zero), errors
+
+
+def _pull(u: jax.Array, errors: jax.Array, done: jax.Array) -> jax.Array:
+    """u' errors [R, N] for u [K, R] and errors [K, N] of which only the first `done` rows are made:
+    the zeros after them, half of all products in the end, are left out panel by panel."""
+    size = _largest_divisor(errors.shape[0], PANEL)
+
+    def add(panel, total):
+        a, b = (lax.dynamic_slice_in_dim(part, panel * size, size) for part in (u, errors))
+        return total + _dot(a.T, b)
+
+    if size == errors.shape[0]:
+        return _dot(u.T, errors)
+    start = jnp.zeros((u.shape[1], errors.shape[1]), jnp.float32)
+    return lax.fori_loop(0, (done + size - 1) // size, add, start)
 
 
 def _round_rows(w, pull, unit, row_grid, spec, block_size):
@@ -284,7 +322,7 @@ def _round_rows(w, pull, unit, row_grid, spec, block_size):
         rows = lax.dynamic_slice_in_dim(w, first, size)
         pulled = lax.dynamic_slice_in_dim(asked, first, size)
         if size < count:
-            pulled += _dot(u.T, errors)
+            pulled += _pull(u, errors, first)
 
         def row(i, state):
             new, codes = state

@@ -47,21 +47,27 @@ def rtn_quantize(
     """
     k, n = w.shape
     groups = grid.split_groups(w.astype(jnp.float32), spec)
-    lo, hi = weight_range(groups, spec, clip_kind, gram)
+    blocks = None
+    if clip_kind == "output":
+        assert gram is not None, "clip='output' needs the Gram matrix of the inputs"
+        blocks = clip.gram_blocks(gram, groups.shape[0])
+    lo, hi = weight_range(groups, spec, clip_kind, blocks)
     scale, zero = grid.scale_and_zero(lo, hi, spec)
     codes = grid.encode(groups, scale, zero, spec).reshape(k, n)
     return Solution(codes, scale[:, 0], zero[:, 0])
 
 
 def weight_range(
-    groups: jax.Array, spec: QuantSpec, clip_kind: Clip, gram: jax.Array | None
+    groups: jax.Array, spec: QuantSpec, clip_kind: Clip, blocks: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Range [G, 1, N] of each group [G, g, N] after the clip search that was asked for."""
+    """Range [G, 1, N] of each group [G, g, N] after the clip search that was asked for.
+
+    blocks: [G, g, g], the Gram matrix of each group's inputs, for "output".
+    """
     lo, hi = grid.weight_range(groups, spec)
     if clip_kind == "none":
         return lo, hi
     if clip_kind == "mse":
         return clip.search_range(groups, lo, hi, spec, clip.squared_error(None))
-    assert gram is not None, "clip='output' needs the Gram matrix of the inputs"
-    blocks = clip.gram_blocks(gram, groups.shape[0])
+    assert blocks is not None
     return clip.search_range(groups, lo, hi, spec, clip.output_error(blocks))

@@ -6,7 +6,7 @@ import dataclasses
 
 from jq.methods.awq import AWQ
 from jq.methods.clip import STEPS
-from jq.methods.gptq import GPTQ
+from jq.methods.gptq import GPTQ, PANEL
 from jq.methods.smoothquant import AUTO_ALPHAS
 from jq.recipe import rounding_of
 from jq.requirements.workload import Block, Group, Run
@@ -14,7 +14,8 @@ from jq.requirements.workload import Block, Group, Run
 _WIDE = 4  # bytes of a float32
 # How often elementwise work reads or writes an element of a weight.
 _ROUND_PASSES, _CLIP_PASSES, _TRY_PASSES = 20, 6, 8
-# A Gram matrix is summed in panels that start at the diagonal: this part of all of its products.
+# A Gram matrix is summed, and multiplied with, in panels that start at the diagonal: this part of
+# all products.
 _TRIANGLE = 0.625
 # What the programs reach of the rates of large products and copies.
 EFFICIENCY = 0.5
@@ -100,12 +101,12 @@ def _rounding(group: Group) -> Arithmetic:
         rounding, kn = rounding_of(rule.method), k * n
         moved += _ROUND_PASSES * kn * _WIDE
         if isinstance(rounding, GPTQ):
-            # What earlier errors ask for.  Rows wait for each other, and each reads the errors of
-            # its block.
-            wide += 2.0 * k * kn
+            # What earlier errors ask for, on average half of the rows'.  Rows wait for each other,
+            # and each reads the errors of its block.
+            wide += (k + min(k, PANEL)) * kn
             moved += min(rounding.block_size, k) * kn * _WIDE
         if group.learns or group.scaling is not None:
-            wide += 6.0 * k * kn  # three errors that the report compares
+            wide += 6.0 * _TRIANGLE * k * kn  # three errors that the report compares
         if rounding.clip != "none":
             moved += STEPS * _CLIP_PASSES * kn * _WIDE
         if rounding.clip == "output":
@@ -124,7 +125,8 @@ def _search(run: Run, block: Block, group: Group) -> Arithmetic:
         tries = len(AUTO_ALPHAS) if method.alpha == "auto" else 0
     moved = float(tries * _TRY_PASSES * group.weights * _WIDE)
     if len(group.outputs) == 1 and isinstance(method, AWQ):
-        return Arithmetic(wide_products=2.0 * tries * group.k * group.weights, moved=moved)
+        wide = 2.0 * _TRIANGLE * tries * group.k * group.weights
+        return Arithmetic(wide_products=wide, moved=moved)
     place = block.groups.index(group) + 1
     following = block.groups[place].weights if place < len(block.groups) else 0
     tokens = min(run.tokens, max(method.search_tokens, run.seq_len))

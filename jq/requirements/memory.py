@@ -5,9 +5,10 @@ The terms are the arrays that the programs hold, in as many copies as the compil
 assignment has of them (the tests compare).  For linears [K, N] rounded side by side, in float32:
 
     statistics    2.5 K^2          the sums before and after a sample, and panels of a product
-    factor        6.25 K^2         the Hessian, ordered and damped, its root, workspace
-    solve         3 K^2 + 10.2 KN  weights side by side, errors, what the report compares
-    rounding      5.2 KN           to nearest; 10.2 KN where the report has statistics
+    factor        4.25 K^2         the Hessian, ordered and damped, its root, workspace
+    solve         3.2 K^2 + 5.2 KN weights side by side, their order, errors, what they become
+    rounding      5.2 KN           to nearest, or where the report has statistics
+    report        1.5 KM           beside either, for the M outputs that it compares at a time
 
 beside the block's weights, as they are stored and in float32, and the hidden states: a block's
 input stays, while input and output of one stage after the other come and go.
@@ -22,6 +23,7 @@ import dataclasses
 import itertools
 from collections.abc import Mapping
 
+from jq.group import OUTPUTS
 from jq.methods.gptq import GPTQ
 from jq.methods.rtn import RTN
 from jq.recipe import Rule, rounding_of
@@ -30,10 +32,10 @@ from jq.requirements.workload import Block, Group, Run
 from jq.spec import QuantSpec
 
 WIDE = 4  # bytes of a float32
-_STATISTICS, _FACTOR, _SOLVE_GRAMS = 2.5, 6.25, 3.0  # of K^2
+_STATISTICS, _FACTOR, _SOLVE_GRAMS = 2.5, 4.25, 3.2  # of K^2
 _LEFT = 1.6  # of K^2: half of the factorisation's workspace, as measured
 _SUMMED = 3.25  # of K^2: the sums, their panels before and after the exchange, and the result
-_SOLVE, _ROUND = 10.2, 5.2  # of KN
+_SOLVE, _REPORT = 5.2, 1.5  # of KN, and of K times some outputs
 
 WEIGHTS, STATES = "weights of a block", "hidden states"
 STATISTICS, HESSIAN, ROUNDING = "statistics", "Hessian and its factor", "rounding"
@@ -187,13 +189,14 @@ def _round_parts(
     group: Group, n: int, rule: Rule, kept: int, overlap: bool = False
 ) -> dict[str, int]:
     kn, kk = group.k * n * WIDE, group.k**2 * WIDE
+    report = _REPORT * group.k * min(n, OUTPUTS) * WIDE
     if isinstance(rounding_of(rule.method), GPTQ):
-        grams, copies = (_SOLVE_GRAMS + _LEFT * overlap) * kk, _SOLVE
+        grams, linears = (_SOLVE_GRAMS + _LEFT * overlap) * kk, _SOLVE * kn + report
     elif group.learns or group.scaling is not None:
-        grams, copies = kk, _SOLVE
+        grams, linears = kk, _SOLVE * kn + report
     else:
-        grams, copies = 0, _ROUND
-    return {HESSIAN: round(grams) + kept, ROUNDING: round(copies * kn)}
+        grams, linears = 0, _SOLVE * kn
+    return {HESSIAN: round(grams) + kept, ROUNDING: round(linears)}
 
 
 def _writing(run: Run) -> dict[str, int]:

@@ -61,8 +61,10 @@ def test_the_program_of_gptq_does_not_grow(config):
     # More inputs than a block has: a single block has no others to pull it.
     small = jaxprs.size(solve, *shapes(256, 8))
     assert small == jaxprs.size(solve, *shapes(512, 24))
-    assert small == jaxprs.size(solve, *shapes(4096, 14336))
-    assert small < 1000
+    # Nor when there are several panels of earlier errors.
+    large = jaxprs.size(solve, *shapes(2048, 8))
+    assert large == jaxprs.size(solve, *shapes(4096, 14336))
+    assert small <= large < 1000
     assert jaxprs.size(solve, *shapes(32, 8)) <= small
 
 

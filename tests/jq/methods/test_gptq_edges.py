@@ -67,9 +67,10 @@ def test_a_factorisation_that_failed_is_seen_at_any_size(size):
 @pytest.mark.slow
 def test_a_hessian_of_many_inputs_is_factored():
     x = np.random.default_rng(6).standard_normal((512, 4096)).astype(np.float32)
-    factor = factor_hessian(x.T @ x, QuantSpec("int4", 128), GPTQ())
-    damped = np.asarray(factor.gram) + 0.01 * np.trace(factor.gram) / 4096 * np.eye(4096)
-    root = np.asarray(factor.root)
+    gram = x.T @ x
+    factor = factor_hessian(gram, QuantSpec("int4", 128), GPTQ())
+    damped = gram + 0.01 * np.trace(gram) / 4096 * np.eye(4096)
+    root = np.asarray(factor.unit) * np.asarray(factor.diagonal)
     assert problems.relative_error(root @ root.T, damped) < 1e-5
     assert not factor.failed
 

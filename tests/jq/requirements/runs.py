@@ -1,5 +1,6 @@
 """Runs on Llamas of well-known shapes."""
 
+from jq.advise.known import find_model
 from jq.models import Decoder, ModelConfig
 from jq.models.hf_names import weight_table
 from jq.presets import preset
@@ -7,18 +8,10 @@ from jq.recipe import uniform
 from jq.requirements import Run, run_of
 
 
-def llama(layers: int = 32, hidden: int = 4096, mlp: int = 14336, heads: int = 32) -> ModelConfig:
-    """Llama-3-8B, or as deep and wide as asked."""
-    return ModelConfig(
-        model_type="llama",
-        vocab_size=128256,
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=8,
-        head_dim=128,
-    )
+def llama(layers: int = 32) -> ModelConfig:
+    """Llama-3-8B, or as deep as asked."""
+    _, config = find_model("llama-3-8b")
+    return config.with_changes(num_hidden_layers=layers, layer_windows=())
 
 
 def run_on(config: ModelConfig, method: str = "gptq", tokens=(128, 2048), **knobs) -> Run:
