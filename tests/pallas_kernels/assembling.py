@@ -17,11 +17,12 @@ def compiler(version: str) -> pathlib.Path:
     return ROOT / f".venv-sass-{version}" / "bin" / "python"
 
 
-def reports(version: str, suite: str) -> dict[str, dict]:
-    """Variant's name -> what the assembler made of it (see `sass`)."""
-    program = ROOT / "tests" / "pallas_kernels" / "sass.py"
+def printed(version: str, program: str, *arguments: str) -> dict[str, dict]:
+    """Variant's name -> what a program of this folder prints of it; skips without a compiler."""
+    if os.environ.get("JAXQ_NO_SASS") == "1" or not compiler(version).exists():
+        pytest.skip(f"no compiler of JAX {version}: scripts/sass_check makes it")
     done = subprocess.run(
-        [compiler(version), program, "--suite", suite],
+        [compiler(version), pathlib.Path(__file__).with_name(program), *arguments],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -31,10 +32,19 @@ def reports(version: str, suite: str) -> dict[str, dict]:
     return {report["name"]: report for report in map(json.loads, done.stdout.splitlines())}
 
 
-def reports_or_skip(version: str, suite: str) -> dict[str, dict]:
-    if os.environ.get("JAXQ_NO_SASS") == "1" or not compiler(version).exists():
-        pytest.skip(f"no compiler of JAX {version}: scripts/sass_check makes it")
-    return reports(version, suite)
+def reports(version: str, suite: str) -> dict[str, dict]:
+    """Variant's name -> what the assembler made of it (see `sass`)."""
+    return printed(version, "sass.py", "--suite", suite)
+
+
+def check(report: dict, bound: list[float]) -> None:
+    """What holds for every kernel: all stays in registers, and no more than was recorded."""
+    assert report["spills"] == report["stack"] == 0, report
+    assert report["warnings"] == [], "the assembler serialized the tensor cores"
+    assert report["forbidden"] == [], report
+    registers, slots = bound
+    assert report["registers"] <= registers, report
+    assert report["slots"] <= slots, report
 
 
 def bounds_of(name: str) -> pathlib.Path:

@@ -16,7 +16,7 @@ BOUNDS = assembling.bounds_of("sass_bounds.json")
 
 @pytest.fixture(scope="module", params=assembling.VERSIONS)
 def assembled(request) -> dict[str, dict]:
-    return assembling.reports_or_skip(request.param, "variants")
+    return assembling.reports(request.param, "variants")
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +41,8 @@ def test_machine_code(assembled, bounds, name):
     report = assembled[name]
     assert report["tensor"] >= 8, "wgmma takes the operands in two slices of four instructions"
     assert report["drains"] == 0
-    assert report["spills"] == report["stack"] == 0
-    assert report["warnings"] == [], "the assembler serialized wgmma"
-    assert report["forbidden"] == []
     assert report["shared"] <= SHARED_MEMORY
-    registers, slots = bounds[name]
-    assert report["registers"] <= registers
-    assert report["slots"] <= slots
+    assembling.check(report, bounds[name])
 
 
 @pytest.mark.slow

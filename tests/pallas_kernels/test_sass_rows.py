@@ -1,14 +1,10 @@
 """Machine code of `quantize_rows` for every family it is for, as each supported JAX compiles it."""
 
-import json
-import os
-import subprocess
-
 import pytest
 
 from jq.pallas_kernels.capability import SERVED, spell
-from tests.pallas_kernels import sass_rows
-from tests.pallas_kernels.assembling import ROOT, VERSIONS, compiler
+from tests.pallas_kernels import assembling, sass_rows
+from tests.pallas_kernels.assembling import VERSIONS
 
 CAPABILITIES = tuple(map(spell, SERVED))
 
@@ -24,17 +20,7 @@ def cases():
 @pytest.mark.parametrize(("version", "capability"), list(cases()))
 def test_machine_code(version, capability):
     """Everything in registers, and no conversion that runs at a quarter of the speed."""
-    if os.environ.get("JAXQ_NO_SASS") == "1" or not compiler(version).exists():
-        pytest.skip(f"no compiler of JAX {version}: scripts/sass_check makes it")
-    done = subprocess.run(
-        [compiler(version), ROOT / "tests" / "pallas_kernels" / "sass_rows.py", capability],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    reports = {report["name"]: report for report in map(json.loads, done.stdout.splitlines())}
+    reports = assembling.printed(version, "sass_rows.py", capability)
     for variant in sass_rows.variants(capability):
         report = reports.pop(variant.name)
         assert report["local"] == 0, report
