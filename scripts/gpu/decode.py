@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jq import tree
+from jq.advise.known import find_model
 from jq.models import Decoder, ModelConfig
 from jq.models.cache import init_cache
 from jq.models.generation import generate
@@ -34,16 +35,7 @@ BATCHES = (1, 8, 32, 16)
 STEPS = 32
 PROMPT = 1024
 CAPACITY = 512
-LLAMA_3_8B = ModelConfig(
-    model_type="llama",
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-)
+LLAMA_3_8B = find_model("llama-3-8b")[1]
 SPEC = QuantSpec("int4", 128, symmetric=False)
 SPECS = {"w4": SPEC, "dequantize": SPEC, "int8": w8a8("int8"), "fp8": w8a8("float8_e4m3fn")}
 
