@@ -36,9 +36,10 @@ def data_mesh(devices: int | Literal["all"] | None = None, axis: str = "data") -
         devices = 1 if local[0].platform == "cpu" else len(local)
     count = len(local) if devices == "all" else devices
     if not 1 <= count <= len(local):
+        good = "1" if len(local) == 1 else f"1 to {len(local)}"
         raise SpecError(
             f"{count} devices are asked for, and this process has {len(local)} "
-            f"({local[0].platform}): give 1 to {len(local)}, or all"
+            f"({local[0].platform}): give {good}, or all"
         )
     if count == 1:
         return None

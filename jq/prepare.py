@@ -18,6 +18,7 @@ from jq.prepared import PreparedTensor
 from jq.qtensor import QTensor
 from jq.sharding import axes_of, misfit, partition_specs
 from jq.support import Capability
+from jq.tensor_parallel import unsharded
 
 
 def prepare(params: Any, device: Any = None, *, dtype: Any = jnp.bfloat16) -> Any:
@@ -43,7 +44,7 @@ def prepare(params: Any, device: Any = None, *, dtype: Any = jnp.bfloat16) -> An
 def choices(params: Any, device: Any = None, *, dtype: Any = jnp.bfloat16) -> dict[str, Choice]:
     """The kernel of every QTensor and PreparedTensor, by path ("layers_0/mlp/up_proj/kernel"), and
     why: what `prepare` would do with the same arguments."""
-    found = jax.tree.leaves_with_path(params, is_leaf=_is_quantized)
+    found = jax.tree.leaves_with_path(unsharded(params), is_leaf=_is_quantized)
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): _choice(leaf, device, dtype)
         for path, leaf in found

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from jq.cli.devices import HELP, METAVAR, load_model, model_mesh
 from jq.cli.models import demo_text, made_of_demo, model_folder
 from jq.cli.options import parse
 from jq.cli.output import note, print_facts, print_json
@@ -71,6 +72,7 @@ class Eval:
     include_path: Annotated[
         str | None, tyro.conf.arg(metavar="DIR", help="further tasks, as YAML files")
     ] = None
+    devices: Annotated[str | None, tyro.conf.arg(metavar=METAVAR, help=HELP)] = None
     json: Annotated[
         bool,
         tyro.conf.FlagCreatePairsOff,
@@ -88,11 +90,10 @@ def run(arguments: Sequence[str]) -> int:
         return run_eval(args, folder)
     reference_folder = None if args.reference is None else model_folder(args.reference)
     text = _text(args.text, folder)
+    mesh = model_mesh(args.devices)
 
-    from jq.api import load
     from jq.evaluate import evaluate
     from jq.models import ModelConfig
-    from jq.prepare import prepare
 
     config = ModelConfig.from_folder(folder)
     context = config.max_position_embeddings
@@ -101,15 +102,11 @@ def run(arguments: Sequence[str]) -> int:
     tokens = _tokens(text, folder, config.vocab_size, most)
     if args.seq_len is not None and args.seq_len > context:
         note(f"seq_len {args.seq_len} is cut to the model's context of {context} tokens")
-    with Meter("load", every=5.0) as meter:
-        model, params = load(folder, progress=meter.show)
-    params = prepare(params, dtype=model.dtype)
+    model, params = load_model(folder, mesh)
     reference_model = reference_params = None
     if reference_folder is not None:
         _check_tokenizer(tokens, text, reference_folder, config.vocab_size, most)
-        with Meter("load", every=5.0) as meter:
-            reference_model, reference_params = load(reference_folder, progress=meter.show)
-        reference_params = prepare(reference_params, dtype=reference_model.dtype)
+        reference_model, reference_params = load_model(reference_folder, mesh)
     with Meter("eval", every=5.0) as meter:
         result = evaluate(
             model,

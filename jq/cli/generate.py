@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 import tyro
 
+from jq.cli.devices import HELP, METAVAR, load_model, model_mesh
 from jq.cli.models import model_folder
 from jq.cli.options import parse
 from jq.cli.output import note
-from jq.cli.progress import Meter
 from jq.errors import ModelError
 
 ABOUT = """Continue prompts.
@@ -47,6 +47,7 @@ class Generate:
     ] = None
     seed: Annotated[int, tyro.conf.arg(help="of the drawing")] = 0
     echo: Annotated[bool, tyro.conf.arg(help="write the prompt first")] = True
+    devices: Annotated[str | None, tyro.conf.arg(metavar=METAVAR, help=HELP)] = None
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -58,15 +59,11 @@ def run(arguments: Sequence[str]) -> int:
 
     import jax
 
-    from jq.api import load
     from jq.models import ModelConfig, Sampling, Tokenizer
-    from jq.prepare import prepare
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     tokenizer = Tokenizer(folder, ModelConfig.from_folder(folder).vocab_size)
-    with Meter("load", every=5.0) as meter:
-        model, params = load(folder, progress=meter.show)
-    params = prepare(params, dtype=model.dtype)
+    model, params = load_model(folder, model_mesh(args.devices))
     if args.temperature == 0 and (args.top_k or args.top_p):
         note("temperature 0 takes the most likely token: --top-k and --top-p change nothing")
     key = jax.random.key(args.seed)

@@ -13,6 +13,7 @@ import tyro
 from jq.calib.config import CalibrationConfig
 from jq.calib.report import Progress
 from jq.calib.tokens import CalibrationData
+from jq.cli.devices import METAVAR, device_count
 from jq.cli.export_options import FORMATS, Export
 from jq.cli.hosts import Hosts, joined
 from jq.cli.models import DEMO_NAME, demo_text, made_of_demo, model_folder
@@ -229,16 +230,7 @@ def _target_gpu() -> Any:
 
 def _devices() -> Any:
     text = "devices that share the work; all of an accelerator's and one CPU unless it is given"
-    return Annotated[str | None, tyro.conf.arg(metavar="N|all", help=text)]
-
-
-def device_count(text: str | None) -> int | Literal["all"] | None:
-    """What `--devices` asks for.  Raises SpecError for anything but a number or "all"."""
-    if text is None or text == "all":
-        return text
-    if not text.isdecimal():
-        raise SpecError(f"--devices {text} is neither a number nor all")
-    return int(text)
+    return Annotated[str | None, tyro.conf.arg(metavar=METAVAR, help=text)]
 
 
 def _with_rounding(base: Method, name: str | None) -> tuple[Method, list[Any]]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jq.cli.devices import load_model, model_mesh
 from jq.cli.options import split_names
 from jq.cli.output import note, print_json, print_table, warn
 from jq.cli.progress import Meter
@@ -15,6 +16,7 @@ from jq.cli.progress import Meter
 
 def run_eval(args: Any, folder: Path) -> int:
     """Measure and print; args: of `jq.cli.eval`."""
+    mesh = model_mesh(args.devices)
     quiet_bars()
     from jq.tasks.harness import TaskOptions, expand_names, harness_version, run_tasks
 
@@ -23,15 +25,11 @@ def run_eval(args: Any, folder: Path) -> int:
     # Unknown names are refused before the model is loaded.
     names = expand_names(split_names(args.tasks), options)
 
-    from jq.api import load
     from jq.models import Tokenizer
-    from jq.prepare import prepare
     from jq.tasks.lm import HarnessLM
 
     tokenizer = Tokenizer(folder)
-    with Meter("load", every=5.0) as meter:
-        model, params = load(folder, progress=meter.show)
-    params = prepare(params, dtype=model.dtype)
+    model, params = load_model(folder, mesh)
     with Meter("eval", every=5.0) as meter:
         lm = HarnessLM(model, params, tokenizer, batch_size=args.batch_size, progress=meter.show)
         results = run_tasks(lm, names, options)

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -40,7 +41,7 @@ def evaluate(
 
     Args:
         model: see `jq.blockwise`; hashable.
-        params: kernels may be QTensors.
+        params: kernels may be QTensors; cut over a mesh (`jq.load(..., mesh=)`) or on one device.
         tokens: integers `[N]` (a stream) or `[n, T]` (rows follow one another).
         reference_params: parameters of the full-precision model; it runs beside the other on every
             batch, so that its distributions are never stored.
@@ -54,7 +55,8 @@ def evaluate(
 
     Raises:
         CalibrationError: not one full window; a token id outside the vocabulary; a knob below 1.
-        ModelError: a reference model without parameters or with another vocabulary.
+        ModelError: a reference model without parameters, with another vocabulary, or on other
+            devices.
         NonFiniteError: logits with NaN or infinity, naming the window.
     """
     if reference_params is None and reference_model is not None:
@@ -72,6 +74,7 @@ def evaluate(
                 f"the model has {vocab_size} logits, the reference {other}; KL divergence needs"
                 " two models of one vocabulary"
             )
+        _check_devices(params, reference_params)
         score = _beside(model, params, reference_model, reference_params)
     means: dict[str, list[np.ndarray]] = {}
     done = 0
@@ -153,6 +156,22 @@ def _beside(
     model: BlockwiseModel, params: Params, reference_model: BlockwiseModel, reference: Params
 ) -> Callable[[Any], dict[str, Any]]:
     return lambda batch: paired_scores(model, params, reference_model, reference, batch)
+
+
+def _check_devices(params: Params, reference: Params) -> None:
+    """Both models' scores come from one program; what is tied to no device follows the other."""
+    ours, theirs = _devices(params), _devices(reference)
+    if ours and theirs and ours != theirs:
+        raise ModelError(
+            f"the model lies on devices {sorted(ours)}, the reference on {sorted(theirs)}; load"
+            " both with one mesh"
+        )
+
+
+def _devices(params: Params) -> set[int]:
+    leaves = jax.tree.leaves(params)
+    tied = [leaf for leaf in leaves if isinstance(leaf, jax.Array) and leaf.committed]
+    return {device.id for leaf in tied for device in leaf.sharding.device_set}
 
 
 def _check_finite(scores: dict[str, np.ndarray], first: int, seq_len: int) -> None:
