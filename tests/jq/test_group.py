@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jq import statistics
+from jq import group, statistics
 from jq.group import round_group
 from jq.methods.gptq import GPTQ, gptq_quantize
 from jq.methods.rtn import RTN, rtn_quantize
@@ -41,6 +41,20 @@ def test_each_linear_is_as_if_it_were_alone(rounding):
         assert report.rtn_output_error[i] == pytest.approx(nearest, rel=1e-4)
         relative = problems.relative_error(q.dequantize(), w)
         assert report.weight_error[i] == pytest.approx(relative, rel=1e-4)
+
+
+@pytest.mark.parametrize("spec", [SPEC, QuantSpec("int8", granularity="tensor")])
+@pytest.mark.parametrize("size", [1, 5, 8])
+def test_the_report_does_not_depend_on_how_many_outputs_it_sees_at_once(spec, size, monkeypatch):
+    _, stats, weights = problem()
+    scale = jnp.linspace(0.5, 2.0, 64)
+    *_, whole = round_group(weights, stats, spec, RTN(), scale)
+    monkeypatch.setattr(group, "OUTPUTS", size)
+    group.solve_group.clear_cache()
+    *_, parts = round_group(weights, stats, spec, RTN(), scale)
+    group.solve_group.clear_cache()
+    for found, expected in zip(parts, whole, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_without_statistics_the_output_error_is_unknown():

@@ -34,6 +34,14 @@ def test_sums(dtype, k):
     assert stats.count == 40
 
 
+@pytest.mark.parametrize("k", [12, 64 * statistics.PANELS])
+def test_energy_of_outputs(k):
+    x, w = problems.inputs(k, 3 * k), problems.weights(k, 7)
+    energy = statistics.output_energy(collect(x, size=len(x)).gram, jnp.asarray(w))
+    expected = np.square(x.astype(np.float64) @ w.astype(np.float64)).sum(0)
+    np.testing.assert_allclose(energy, expected, rtol=2e-6)
+
+
 def test_padding_is_left_out():
     x = problems.inputs(12, 40)
     mask = np.random.default_rng(0).random(40) < 0.6

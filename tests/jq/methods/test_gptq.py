@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jq.methods import gptq
 from jq.methods.gptq import GPTQ, gptq_quantize
 from jq.methods.rtn import rtn_quantize
 from jq.spec import FP8, QuantSpec
@@ -131,6 +132,28 @@ def test_block_size_changes_no_code(block_size):
     solution, _ = check(w, gram, spec, GPTQ(block_size=block_size))
     np.testing.assert_array_equal(solution.codes, whole.codes)
     np.testing.assert_array_equal(solution.scale, whole.scale)
+
+
+@pytest.mark.parametrize("group_size", [16, -1])
+@pytest.mark.parametrize("panel", [16, 48])
+def test_earlier_errors_are_summed_panel_by_panel(panel, group_size, monkeypatch):
+    monkeypatch.setattr(gptq, "PANEL", panel)
+    gptq.gptq_solve.clear_cache()
+    w, gram = problems.weights(96, 12), problems.gram(96)
+    check(w, gram, QuantSpec("int4", group_size), GPTQ(block_size=16))
+    gptq.gptq_solve.clear_cache()
+
+
+@pytest.mark.parametrize("done", [0, 1, 32, 33, 95, 96])
+def test_rows_that_are_not_rounded_yet_pull_nothing(done, monkeypatch):
+    monkeypatch.setattr(gptq, "PANEL", 32)
+    u, errors = problems.weights(96, 5), problems.weights(96, 12, 1)
+    expected = u[:done].T.astype(np.float64) @ errors[:done]
+    # What stands in the last panel is multiplied, and zero.
+    errors[done:] = np.nan
+    errors[done : -(-done // 32) * 32] = 0
+    found = gptq._pull(jnp.asarray(u), jnp.asarray(errors), jnp.int32(done))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("k", [37, 140])
