@@ -37,7 +37,7 @@ def w4a16(
         shape (see `tuning` and `ampere.tuning`).
       interpret: run the kernel's schedule on the CPU, in Mosaic's interpreter, detecting races;
         on Hopper's only.  It wants more threads than a small machine's XLA has: set the
-        environment variable NPROC to 16 before JAX is imported.
+        environment variable NPROC to 48 before JAX is imported.
       compute_capability: of the device: (9, 0), (8, 9), (8, 6) or (8, 0).
     Returns: `w.dtype` [..., N]; sums are float32, in an order that depends on the config alone.
     Raises: ValueError when the sizes or dtypes do not match, or where there is no such kernel.

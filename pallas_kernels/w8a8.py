@@ -46,7 +46,7 @@ def w8a8(
         shape (see `choose8` and `ampere.tuning`).
       interpret: run the kernel's schedule on the CPU, in Mosaic's interpreter, detecting races;
         on Hopper's only.  It wants more threads than a small machine's XLA has: set the
-        environment variable NPROC to 16 before JAX is imported.
+        environment variable NPROC to 48 before JAX is imported.
       compute_capability: of the device: (9, 0) or (8, 9), or for int8 (8, 6) or (8, 0) too.
     Returns: `out_dtype` [..., N].  int8 products are summed exactly, in int32.  float8 products are
       summed by the tensor cores over 128 inputs at a time, and those sums in float32.
