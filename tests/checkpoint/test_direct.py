@@ -1,4 +1,4 @@
-"""Arrays in chunks go straight to their devices, and nobody reads what others hold."""
+"""Arrays in chunks or pieces go straight to their devices, and nobody reads what others hold."""
 
 import subprocess
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jq.cuts import CutRule
 from tests.checkpoint.trees import cut_into_chunks, small_tree, write
 from tests.processes import environment, run_processes
 
@@ -141,38 +142,51 @@ TWO = (
     COMMON
     + """
 import numpy as np
+from tests.checkpoint.test_direct import TABLES
+
 mesh = jax.make_mesh((4,), ("b",), (AxisType.Auto,))
 sound, damaged = sys.argv[3:]
 
-def load(folder):
+def load(folder, part):
     before = bytes_read()
-    return load_params(folder, shardings=placer(mesh), parts=["embed"]), bytes_read() - before
+    return load_params(folder, shardings=placer(mesh), parts=[part]), bytes_read() - before
 
-whole, half = 1_000_000, 500_000
-found, count = load(sound)
-table = found["embed"]["embedding"]
-assert table.shape == (1000, 250) and not table.is_fully_addressable
-for shard in table.addressable_shards:
-    rows = np.arange(250_000, dtype=np.float32).reshape(1000, 250)[shard.index]
-    np.testing.assert_array_equal(np.asarray(shard.data), rows)
-assert half <= count < half + 20_000, count
+for part, expected in TABLES.items():
+    found, count = load(sound, part)
+    table = found[part]["w"]
+    assert table.shape == expected.shape and not table.is_fully_addressable
+    for shard in table.addressable_shards:
+        np.testing.assert_array_equal(np.asarray(shard.data), expected[shard.index])
+    assert 0 <= count - expected.nbytes // 2 < 20_000, (part, count)
 
-# A bit of the last chunk is flipped, which is the second process's.
-try:
-    load(damaged)
-except CheckpointError as error:
-    assert jax.process_index() == 1 and "embed/embedding: sha256 of" in str(error), error
-else:
-    assert jax.process_index() == 0
+    # A bit of the last chunk is flipped, which is the second process's.
+    try:
+        load(damaged, part)
+    except CheckpointError as error:
+        assert jax.process_index() == 1 and f"{part}/w: sha256 of" in str(error), error
+    else:
+        assert jax.process_index() == 0
 """
 )
+TABLES = {
+    "chunks": np.arange(251_000, dtype=np.float32).reshape(1000, 251),  # by hand
+    "rows": np.arange(250_000, dtype=np.int32).reshape(1000, 250),
+    "up_proj": np.arange(250_000, dtype=np.int32).reshape(250, 1000),  # by columns
+}
+
+
+class Rows(CutRule):
+    def of_array(self, path, shape):
+        return int(not path.startswith("rows"))
 
 
 @pytest.mark.slow
-def test_each_process_reads_its_chunks_only(tmp_path):
-    table = np.arange(250_000, dtype=np.float32).reshape(1000, 250)
-    folders = [write(tmp_path / name, {"embed": {"embedding": table}}) for name in ("q", "bad")]
+def test_each_process_reads_its_part_only(tmp_path):
+    """Of what several processes wrote, and of what one did."""
+    params = {name: {"w": table} for name, table in TABLES.items()}
+    folders = [write(tmp_path / name, params, cuts=Rows()) for name in ("q", "bad")]
     for folder in folders:
-        cut_into_chunks(folder, "embed/embedding", (125, 250))
-    flip(folders[1], "embed/embedding", "7.0")
+        cut_into_chunks(folder, "chunks/w", (125, 251))
+    for name, chunk in [("chunks/w", "7.0"), ("rows/w", "7.0.0"), ("up_proj/w", "0.7.0")]:
+        flip(folders[1], name, chunk)
     run_processes(TWO, 2, *map(str, folders), devices=2)

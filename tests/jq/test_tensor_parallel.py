@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jq
 from jq import tree
-from jq.errors import ModelError, SpecError
+from jq.checkpoint import direct, read_manifest, reader, splits
+from jq.cuts import Weight
+from jq.errors import CheckpointError, ModelError, SpecError
 from jq.methods.rtn import rtn_quantize
 from jq.models import Decoder
 from jq.models.config import ModelConfig
@@ -24,7 +26,7 @@ from jq.prepare import choices
 from jq.qtensor import QTensor
 from jq.sharded import ShardedTensor
 from jq.spec import QuantSpec, w8a8
-from jq.tensor_parallel import TensorParallel, Weight, tensor_mesh, unsharded
+from jq.tensor_parallel import TensorParallel, tensor_mesh, unsharded
 from tests.calib import hlo
 from tests.checkpoint.trees import assert_same, cut_into_chunks
 from tests.devices import EIGHT, on_eight, run_with
@@ -192,6 +194,59 @@ def test_checkpoints_go_from_mesh_to_mesh(tmp_path):
         assert_same(unsharded(jq.load(tmp_path / "whole", mesh=mesh, axis=axis)[1]), params)
     with pytest.raises(SpecError, match="give one of them"):
         jq.load(tmp_path / "whole", mesh=tensor_mesh(2), shardings=lambda path, shape: None)
+
+
+@on_eight
+@pytest.mark.parametrize("kind", ["int4", "act order", "8 bits", "zero", "plain"])
+def test_what_one_process_wrote_goes_straight_to_its_devices(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(splits, "MIN_BYTES", 1)
+    on_host = set()
+    place = reader.place_array
+    monkeypatch.setattr(
+        reader, "place_array", lambda path, *a: on_host.add(path) or place(path, *a)
+    )
+    model, params = decoder(
+        {"8 bits": w8a8(), "zero": QuantSpec("int8", 8, False), "plain": None}.get(kind, INT4),
+        ordered=kind == "act order",
+    )
+    jq.save(tmp_path / "q", model, params)
+    entries = dict(e for p in read_manifest(tmp_path / "q").parts.values() for e in p.arrays())
+    pieces = {path for path, entry in entries.items() if entry.split is not None}
+    field = {"plain": "", "zero": "/zero_point"}.get(kind, "/codes")
+    for name in ("attention/q_proj", "attention/o_proj", "mlp/down_proj"):
+        assert f"layers_0/{name}/kernel{field}" in pieces
+    assert {"embed/embedding", "lm_head/kernel"} <= pieces
+    for mesh, axis in (v for name, v in meshes().items() if name == "2x4" or kind == "int4"):
+        on_host.clear()
+        _, cut = jq.load(tmp_path / "q", mesh=mesh, axis=axis)
+        assert_same(unsharded(cut), params)
+        # One device takes all as it would without a mesh.
+        assert pieces & on_host == (pieces if mesh.shape[axis] == 1 else set())
+
+
+@on_eight
+def test_a_flipped_bit_of_a_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr(splits, "MIN_BYTES", 1)
+    jq.save(tmp_path / "q", *decoder())
+    path = "layers_0/attention/o_proj/kernel/codes"
+    file = tmp_path / "q/params/layers_0/state" / path.replace("/", ".") / "7.0.0"
+    data = bytearray(file.read_bytes())
+    data[1] ^= 64
+    file.write_bytes(data)
+    for devices in (1, 2):
+        with pytest.raises(CheckpointError, match=f"^{path}: sha256 of the stored data is"):
+            jq.load(tmp_path / "q", mesh=tensor_mesh(devices))
+
+
+@on_eight
+def test_pieces_become_one_where_they_lie():
+    lie = NamedSharding(tensor_mesh(8, "own"), P(None, "own"))
+    x = jax.device_put(np.arange(4 * 16 * 6, dtype=np.float32).reshape(4, 16, 6), lie)
+    program = direct._joiner(lie, 1).lower(x).compile()
+    assert hlo.collectives(program.as_text()) == {}
+    # In the memory that it had: devices need no room for a second copy.
+    assert program.memory_analysis().alias_size_in_bytes == x.nbytes // 8
+    np.testing.assert_array_equal(program(x), np.arange(384.0).reshape(4, 96))
 
 
 def one_device() -> Mesh:
