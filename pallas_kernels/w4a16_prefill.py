@@ -21,6 +21,7 @@ from jax import lax
 from jq.pallas_kernels import dequant
 from jq.pallas_kernels.compat import ROWS, WORDS, core_count, interpreter, pl, plgpu, swizzled
 from jq.pallas_kernels.config import PrefillConfig
+from jq.pallas_kernels.schedule import next_slot, previous_slot
 from jq.pallas_kernels.weight import W4Weight
 
 # A compute warpgroup holds 128 registers of sums and 32 of operands; the copying one needs few.
@@ -171,7 +172,7 @@ def _copy(plan: _Plan, x, w, scale, offset, *, full, empty, **shared) -> None:
             if offset is not None:
                 offsets = offset.at[rows, columns]
                 plgpu.copy_gmem_to_smem(offsets, shared["offset_s"].at[slot], barrier)
-            return lax.select(slot == config.stages - 1, jnp.int32(0), slot + 1)
+            return next_slot(slot, config.stages)
 
         return lax.fori_loop(0, plan.steps, step, carry)
 
@@ -194,9 +195,7 @@ def _compute(plan: _Plan, warpgroup, normaliser, out, *, full, empty, **shared) 
         return [plgpu.load(ref, layout=ROWS) for ref in refs]
 
     def release(slot):
-        plgpu.barrier_arrive(
-            empty.at[lax.select(slot == 0, jnp.int32(config.stages - 1), slot - 1)]
-        )
+        plgpu.barrier_arrive(empty.at[previous_slot(slot, config.stages)])
 
     @plgpu.nd_loop((plan.tiles,), collective_axes="cluster", init_carry=jnp.int32(0))
     def last(info, carry):
