@@ -277,6 +277,7 @@ class _BlockWork:
         self.groups = model.linear_groups
         self.kind = model.block_kind(name)
         self.workers, self.fed, self.clock = workers, fed, clock
+        self.dtype: Any = None
         self.reports: list[LinearReport] = []
         self.quantized: dict[str, QTensor] = {}
 
@@ -287,7 +288,8 @@ class _BlockWork:
         start = time.perf_counter()
         self._check_shapes(params)
         dtypes = {path: leaf.dtype for path, leaf in tree.leaves(params)}
-        work, finite = self.workers.prepare(params)
+        self.dtype = self._work_dtype(params, stream)
+        work, finite = self.workers.prepare(params, self.dtype)
         self._check_finite(finite)
         if stream is None:
             for index in range(len(self.groups)):
@@ -395,6 +397,18 @@ class _BlockWork:
             if not ok:
                 raise NonFiniteError(f"{self.name}/{path}: the weight has NaN or infinite entries")
 
+    def _work_dtype(self, params: Mapping[str, Any], stream: Stream | None) -> Any:
+        """Of the kernels while the block is worked on; None leaves them as they are.
+
+        Where weights and hidden states are of the same 16 bits, so are they: the stages multiply
+        in these anyway.  But a scale that is folded into weights must not round them.
+        """
+        if stream is None:
+            return None
+        stored = {leaf.dtype for path, leaf in tree.leaves(params) if path.endswith("kernel")}
+        narrow = stored == {stream.x.dtype} and not self._scales_anything()
+        return stream.x.dtype if narrow else jnp.float32
+
     def _check_shapes(self, params: Mapping[str, Any]) -> None:
         for path, leaf in tree.leaves(params):
             if isinstance(leaf, QTensor):
@@ -409,9 +423,9 @@ class _BlockWork:
     def _round(self, index: int, params: Any, stats: InputStats | None, scaling: Any) -> Any:
         """Quantize the linears of a group, those with equal rules side by side.
 
-        The result computes what the quantized block does: weights without 8-bit activations stand
-        in it dequantized, so that the stages are the same programs before and after, whatever the
-        format.
+        The result computes what the quantized block does: where tokens run through it, weights
+        without 8-bit activations stand in it dequantized, so that the stages are the same programs
+        before and after, whatever the format.
         """
         group, rules = self.groups[index], self.rules[index]
         worst = None
@@ -428,8 +442,9 @@ class _BlockWork:
             for linear, qtensor, kernel in zip(linears, qtensors, kernels, strict=True):
                 path = f"{linear}/kernel"
                 self.quantized[path] = qtensor
-                weight_only = rule.spec.activation is None
-                params = tree.replace(params, path, kernel if weight_only else qtensor)
+                plain = self.dtype is not None and rule.spec.activation is None
+                leaf = kernel.astype(self.dtype) if plain else qtensor
+                params = tree.replace(params, path, leaf)
             made = self._report(linears, qtensors, rule, report, stats, scaling)
             self.reports += made
             errors = [r.output_error for r in made if r.output_error is not None]

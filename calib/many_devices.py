@@ -84,10 +84,10 @@ class ManyDevices:
             x = self._made(hidden.shape, lambda index: hidden[index])
         return Stream(x, None, self._mask(mask))
 
-    def prepare(self, params: Any) -> tuple[Any, Any]:
+    def prepare(self, params: Any, dtype: Any) -> tuple[Any, Any]:
         """See `prepare_block`; the block lies in shards afterwards."""
         params = self.settle(params)
-        return programs.prepare(params, devices=self.devices, specs=_specs(params))
+        return programs.prepare(params, dtype, devices=self.devices, specs=_specs(params))
 
     def settle(self, params: Any) -> Any:
         """Parameters that were changed or have just come, in their shards."""

@@ -34,16 +34,16 @@ from jq.statistics import InputStats
 Specs = tuple[P, ...]
 
 
-@functools.partial(jax.jit, static_argnames=("devices", "specs"))
-def prepare(params, *, devices: DataMesh, specs: Specs):
-    """See `prepare_block`: each device widens its shards, and all learn whether all are finite."""
+@functools.partial(jax.jit, static_argnames=("dtype", "devices", "specs"))
+def prepare(params, dtype, *, devices: DataMesh, specs: Specs):
+    """See `prepare_block`: each device casts its shards, and all learn whether all are finite."""
     axis = devices.axis
 
     def local(params):
-        wide, finite = prepare_block(params)
+        cast, finite = prepare_block(params, dtype)
         flags, structure = jax.tree.flatten(finite)
         bad = lax.psum(jnp.stack(flags).astype(jnp.float32) - 1.0, axis)
-        return wide, jax.tree.unflatten(structure, list(bad == 0))
+        return cast, jax.tree.unflatten(structure, list(bad == 0))
 
     cuts = _tree_of(params, specs)
     return jax.shard_map(

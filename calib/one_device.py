@@ -50,9 +50,9 @@ class OneDevice:
         stream = Stream(hidden, None, mask)
         return stream if self.offload else jax.device_put(stream)
 
-    def prepare(self, params: Any) -> tuple[Any, Any]:
+    def prepare(self, params: Any, dtype: Any) -> tuple[Any, Any]:
         """See `prepare_block`."""
-        return prepare_block(params)
+        return prepare_block(params, dtype)
 
     def settle(self, params: Any) -> Any:
         """Parameters that were changed, where the programs want them."""

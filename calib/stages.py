@@ -157,15 +157,16 @@ def _finite(x: Float[Array, "B T K"], mask: Bool[Array, "B T"] | None) -> Bool[A
     return jnp.sum(poison, axis=(1, 2)) == 0
 
 
-@jax.jit
-def prepare_block(params: Any) -> tuple[Any, Any]:
-    """A block ready for quantization: kernels in float32, and whether each leaf is finite."""
+@functools.partial(jax.jit, static_argnames="dtype")
+def prepare_block(params: Any, dtype: Any) -> tuple[Any, Any]:
+    """A block ready for quantization: kernels in `dtype` (None: as they are), and whether each leaf
+    is finite."""
 
-    def wide(path, leaf):
-        return leaf.astype(jnp.float32) if _is_kernel(path) else leaf
+    def cast(path, leaf):
+        return leaf if dtype is None or not _is_kernel(path) else leaf.astype(dtype)
 
     finite = jax.tree.map(lambda leaf: jnp.sum(leaf.astype(jnp.float32) * 0.0) == 0, params)
-    return jax.tree_util.tree_map_with_path(wide, params), finite
+    return jax.tree_util.tree_map_with_path(cast, params), finite
 
 
 def ready(params: Any, dtype: Any) -> Any:

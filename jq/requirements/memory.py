@@ -10,8 +10,9 @@ assignment has of them (the tests compare).  For linears [K, N] rounded side by 
     rounding      5.2 KN           to nearest, or where the report has statistics
     report        1.5 KM           beside either, for the M outputs that it compares at a time
 
-beside the block's weights, as they are stored and in float32, and the hidden states: a block's
-input stays, while input and output of one stage after the other come and go.
+beside the block's weights, as they are stored and in float32 (the latter not where nothing is
+calibrated, or where weights and hidden states have 16 bits and no scale is folded), and the hidden
+states: a block's input stays, while input and output of one stage after the other come and go.
 
 Of several devices each has its part of weights, hidden states and N, and all of K^2; a stage
 gathers the weights that it multiplies with.
@@ -143,7 +144,7 @@ def device_parts(run: Run, block: Block, *, overlap: bool = False) -> dict[str, 
 
     overlap: a solve begins before all workspace of the factorisation is given back, as on CPUs.
     """
-    weights = block.parameters * (WIDE + run.stored_bytes)
+    weights = block.parameters * (run.stored_bytes + WIDE * _widens(run, block))
     held = {WEIGHTS: (weights + quantized_bytes(block, run.stored_bytes)) // run.devices}
     kept = sum(g.k**2 * WIDE for g in block.groups) if block.looks_twice else 0
     moments = [held]
@@ -162,6 +163,12 @@ def device_parts(run: Run, block: Block, *, overlap: bool = False) -> dict[str, 
             own = -(-n // run.devices)
             moments.append(held | states | _round_parts(group, own, rule, kept, overlap))
     return _largest(moments)
+
+
+def _widens(run: Run, block: Block) -> bool:
+    """Whether the block's kernels are worked on in float32."""
+    scales = any(group.scaling is not None for group in block.groups)
+    return run.calibrates and (scales or not run.stored_bytes == run.compute_bytes < WIDE)
 
 
 def _stage_parts(run: Run, block: Block, index: int, kept: int) -> dict[str, int]:

@@ -8,6 +8,7 @@ import pytest
 from jq import tree
 from jq.calib import driver, one_device
 from jq.methods.awq import AWQ
+from jq.methods.gptq import GPTQ
 from jq.methods.rtn import RTN
 from jq.methods.smoothquant import SmoothQuant
 from jq.qtensor import QTensor
@@ -77,6 +78,42 @@ def test_folding_into_narrow_parameters(monkeypatch):
     wide = [narrow(p, jnp.float32) for p in (params, after)]
     before, later = (np.asarray(forward(model, p, tokens), np.float64) for p in wide)
     assert 1e-6 < np.linalg.norm(later - before) / np.linalg.norm(before) < 2e-2
+
+
+GPTQ4 = (INT4, GPTQ())
+KINDS = {
+    # method, dtype of the weights, of the hidden states -> of the kernels that are worked on
+    "gptq": (GPTQ4, "bfloat16", "bfloat16", "bfloat16"),
+    "float16 weights": (GPTQ4, "float16", "bfloat16", "float32"),
+    "wide states": (GPTQ4, "bfloat16", "float32", "float32"),
+    "folded scales": (SCALING["awq"], "bfloat16", "bfloat16", "float32"),
+    "no tokens": ((INT4, RTN()), "bfloat16", "bfloat16", None),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels_are_worked_on_as_narrow_as_changes_nothing(monkeypatch, kind):
+    method, stored, computed, expected = KINDS[kind]
+    model, params, _, _ = decoders.make()
+    model = model.clone(dtype=jnp.dtype(computed))
+    params, recipe = narrow(params, stored), uniform(*method)
+    tokens = None if expected is None else decoders.tokens()
+    seen, choose = [], driver._BlockWork._work_dtype
+
+    def noted(self, params, stream):
+        seen.append(choose(self, params, stream))
+        return seen[-1]
+
+    monkeypatch.setattr(driver._BlockWork, "_work_dtype", noted)
+    out, reports = driver.quantize_model(model, params, recipe, tokens)
+    assert [kind and jnp.dtype(kind).name for kind in seen] == [expected] * 2
+    monkeypatch.setattr(driver._BlockWork, "_work_dtype", lambda *_: jnp.float32)
+    wide, wide_reports = driver.quantize_model(model, params, recipe, tokens)
+    for (path, leaf), (_, other) in zip(tree.leaves(out), tree.leaves(wide), strict=True):
+        for found, wanted in zip(jax.tree.leaves(leaf), jax.tree.leaves(other), strict=True):
+            np.testing.assert_array_equal(found, wanted, err_msg=path)
+    for found, wanted in zip(reports, wide_reports, strict=True):
+        assert found.linears == wanted.linears
 
 
 LEFT = (

@@ -145,19 +145,21 @@ def test_kernels_become_plain_arrays_and_8_bit_tensors_stay():
     assert (narrow["kernel"].dtype, narrow["bias"].dtype) == (jnp.bfloat16, jnp.float32)
 
 
-def test_blocks_are_prepared_in_float32_and_checked():
+def test_blocks_are_prepared_and_checked():
     params = {
         "norm": {"scale": jnp.ones(3, jnp.bfloat16)},
         "linear": {"kernel": jnp.ones((3, 2), jnp.bfloat16), "bias": jnp.ones(2, jnp.float16)},
     }
-    wide, finite = prepare_block(params)
+    same, _ = prepare_block(params, None)
+    assert same["linear"]["kernel"].dtype == jnp.bfloat16
+    wide, finite = prepare_block(params, jnp.float32)
     assert wide["linear"]["kernel"].dtype == jnp.float32
     assert wide["linear"]["bias"].dtype == jnp.float16
     assert wide["norm"]["scale"].dtype == jnp.bfloat16
     assert all(jax.tree.leaves(finite))
     for bad in (np.nan, np.inf):
         params["linear"]["kernel"] = params["linear"]["kernel"].at[1, 1].set(bad)
-        _, finite = prepare_block(params)
+        _, finite = prepare_block(params, jnp.float32)
         assert not finite["linear"]["kernel"]
         assert finite["linear"]["bias"]
         assert finite["norm"]["scale"]
