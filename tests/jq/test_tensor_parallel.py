@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 import jq
 from jq import tree
 from jq.checkpoint import direct, read_manifest, reader, splits
+from jq.checkpoint.format import ArrayEntry
 from jq.cuts import Weight
 from jq.errors import CheckpointError, ModelError, SpecError
 from jq.methods.rtn import rtn_quantize
@@ -236,6 +237,22 @@ def test_a_flipped_bit_of_a_piece(tmp_path, monkeypatch):
     for devices in (1, 2):
         with pytest.raises(CheckpointError, match=f"^{path}: sha256 of the stored data is"):
             jq.load(tmp_path / "q", mesh=tensor_mesh(devices))
+
+
+@on_eight
+def test_which_shards_are_made_of_pieces():
+    entry = ArrayEntry("int8", (48, 16), "", (6, 16), ("",) * 8, split=0)
+    for devices, whole in [(1, False), (2, True), (3, False), (4, True), (6, False), (8, True)]:
+        rows = NamedSharding(tensor_mesh(devices), P("model"))
+        found = direct.direct_sharding("w", entry, rows)
+        assert found == (rows if whole else None), devices
+    mesh = tensor_mesh(2)
+    for other in (P(None, "model"), P()):
+        assert direct.direct_sharding("w", entry, NamedSharding(mesh, other)) is None
+    elsewhere = NamedSharding(mesh, P("model"), memory_kind="pinned_host")
+    assert direct.direct_sharding("w", entry, elsewhere) is None
+    stored = direct.stored_sharding(entry, NamedSharding(mesh, P("model")))
+    assert stored.shard_shape(entry.stored_shape) == (4, 6, 16)
 
 
 @on_eight
