@@ -26,6 +26,7 @@ from jq.calib import mesh_programs as programs
 from jq.calib.one_device import check_hidden, embed
 from jq.calib.scaling import Scaling
 from jq.calib.stages import StageResult, Stream
+from jq.chunks import largest_divisor
 from jq.data_mesh import DataMesh, columns_are_cut, shard_axis
 from jq.group import RoundedGroup
 from jq.methods.awq import AWQ
@@ -123,7 +124,7 @@ class ManyDevices:
     def _in_chunks(self, run: Any, params: Any, stream: Stream, stats: Any, counts: Any) -> Any:
         """A stage on a stream in host memory: `batch_size` rows of each device at a time."""
         rows = self.devices.rows_of(self.samples)
-        size = max(b for b in range(1, min(self.batch_size, rows) + 1) if rows % b == 0)
+        size = largest_divisor(rows, self.batch_size)
         whole, flags, waiting = None, [], None
         for start in range(0, rows, size):
             chunk = self._chunk(stream, start, size)

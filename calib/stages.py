@@ -13,6 +13,7 @@ from jax import lax
 
 from jq import statistics, tree
 from jq.blockwise import BlockwiseModel
+from jq.chunks import largest_divisor
 from jq.qtensor import QTensor
 from jq.statistics import InputStats
 
@@ -71,7 +72,7 @@ def run_stage(
     if not isinstance(stream.x, np.ndarray):
         result = run_samples(model, kind, index, params, stream, stats, samples)
         return result._replace(stats=_finished(result.stats))
-    size = max(b for b in range(1, min(batch_size, samples) + 1) if samples % b == 0)
+    size = largest_divisor(samples, batch_size)
     whole, waiting = _Whole(samples), None
     for start in range(0, samples, size):
         chunk = jax.device_put(jax.tree.map(lambda a: a[start : start + size], stream))  # noqa: B023

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jq import grid
+from jq.chunks import largest_divisor
 from jq.errors import SpecError
 from jq.methods import clip
 from jq.methods.rtn import Clip, weight_range
@@ -234,10 +235,6 @@ def _broken(diagonal: jax.Array) -> jax.Array:
     return ~jnp.all((diagonal > 0) & (diagonal < jnp.inf))
 
 
-def _largest_divisor(size: int, limit: int) -> int:
-    return next(d for d in range(min(size, limit), 0, -1) if size % d == 0)
-
-
 def _solve_dynamic(w, hessian, spec, config):
     """Groups are runs of rows in processing order, their ranges those of compensated weights."""
     w = w if hessian.order is None else w[hessian.order]
@@ -288,7 +285,7 @@ def _solve_static(w, hessian, spec, config):
 def _pull(u: jax.Array, errors: jax.Array, done: jax.Array) -> jax.Array:
     """u' errors [R, N] for u [K, R] and errors [K, N] of which only the first `done` rows are made:
     the zeros after them, half of all products in the end, are left out panel by panel."""
-    size = _largest_divisor(errors.shape[0], PANEL)
+    size = largest_divisor(errors.shape[0], PANEL)
 
     def add(panel, total):
         a, b = (lax.dynamic_slice_in_dim(part, panel * size, size) for part in (u, errors))
@@ -311,7 +308,7 @@ def _round_rows(w, pull, unit, row_grid, spec, block_size):
     Returns: the rows' errors w - q [R, N] and their codes [R, N].
     """
     count, n = w.shape
-    size = _largest_divisor(count, block_size)
+    size = largest_divisor(count, block_size)
     code_dtype = jnp.float8_e4m3fn if spec.is_float else jnp.uint8
     asked = w if pull is None else w + pull
 
