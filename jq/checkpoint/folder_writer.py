@@ -10,7 +10,7 @@ from typing import Any
 
 from jq.checkpoint import files as fs
 from jq.distributed import Team
-from jq.errors import CheckpointError, OutputError
+from jq.errors import CheckpointError
 
 
 class FolderWriter:
@@ -54,17 +54,12 @@ class FolderWriter:
                 f"{self.path} is begun", lambda: str(scope.enter_context(building))
             )
             partial = Path(partial)
-            self._team.attempt(f"{self.path} is seen", lambda: self._check_seen(partial))
+            self._team.attempt(
+                f"{self.path} is seen", lambda: self._team.check_seen(partial, self.path)
+            )
             yield partial
             self._partial = partial
             self._scope = scope.pop_all()
-
-    def _check_seen(self, partial: Path) -> None:
-        if not partial.is_dir():
-            raise OutputError(
-                f"{self.path}: what process 0 makes there is not seen in process "
-                f"{self._team.index}: all processes must write to one file system"
-            )
 
     def _open(self) -> Path:
         """The hidden place, while there is one."""
