@@ -31,6 +31,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file: find scripts.*
 
+from jq.advise.known import find_model
 from jq.models import ModelConfig
 from jq.models.hf_names import WeightEntry, block_table, outer_table
 from jq.models.safetensors_file import write_safetensors
@@ -72,16 +73,7 @@ class Bench:
 
 COLUMNS = ("shape", "layers", "method", "tokens", "block", "peak_mb", "seconds")
 
-LLAMA_3_8B = ModelConfig(
-    model_type="llama",
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-)
+LLAMA_3_8B = find_model("llama-3-8b")[1]
 
 
 @dataclasses.dataclass(frozen=True)
