@@ -198,6 +198,15 @@ def test_values_that_have_to_agree():
     assert "seed: 0 in process 0 and 1 in process 1" in str(results[0])
 
 
+def test_a_folder_that_only_process_0_sees(tmp_path):
+    team = Team(index=1, count=1)
+    team.check_seen(tmp_path, tmp_path / "out")
+    with pytest.raises(
+        OutputError, match="out: what process 0 makes there is not seen in process 1"
+    ):
+        team.check_seen(tmp_path / "elsewhere", tmp_path / "out")
+
+
 def test_a_process_that_hangs_is_ended(monkeypatch, capfd):
     waiting, codes = threading.Event(), []
 
