@@ -201,7 +201,7 @@ def test_values_that_have_to_agree():
 def test_a_folder_that_only_process_0_sees(tmp_path):
     team = Team(index=1, count=1)
     team.check_seen(tmp_path, tmp_path / "out")
-    with pytest.raises(OutputError, match="out: what process 0 makes .* not seen in process 1"):
+    with pytest.raises(OutputError, match=r"out: what process 0 makes .* not seen in process 1"):
         team.check_seen(tmp_path / "elsewhere", tmp_path / "out")
 
 
