@@ -17,7 +17,7 @@ import numpy as np
 from jq.cuts import CutRule, Weight, axis_of_field, misfit
 from jq.qtensor import QTensor
 
-# Tensor parallelism is of 2, 4 or 8 devices; a mesh of these reads whole pieces only.
+# As many as there are devices in most machines; 2 and 4 of them take several pieces each.
 PIECES = (8, 4, 2)
 # Arrays below stay whole: each piece costs a file and a digest.
 MIN_BYTES = 512 * 1024
@@ -62,7 +62,7 @@ def plan(path: str, leaf: Any, rule: CutRule) -> Mapping[str, tuple[int, int]]:
     """
     if isinstance(leaf, QTensor):
         return _plan_fields(path, leaf, rule)
-    shape = np.shape(leaf)
+    shape = _shape(leaf)
     axis = rule.of_array(path, shape)
     axis = len(shape) - 1 if axis is None else axis
     pieces = next((p for p in PIECES if len(shape) > 1 and shape[axis] % p == 0), None)
@@ -79,11 +79,15 @@ def _plan_fields(path: str, w: QTensor, rule: CutRule) -> Mapping[str, tuple[int
     pieces = next(filter(fits, PIECES), None)
     found = {}
     for field in ("codes", "scale", "zero_point") if pieces else ():
-        shape = np.shape(getattr(w, field))
+        shape = _shape(getattr(w, field))
         axis = axis_of_field(field, shape, by_inputs=by_inputs) if len(shape) > 1 else None
         if axis is not None:
             found[f"{path}/{field}"] = (axis, pieces)
     return found
+
+
+def _shape(leaf: Any) -> tuple[int, ...]:
+    return tuple(getattr(leaf, "shape", ()))  # what is no array at all is refused afterwards
 
 
 def split(array: np.ndarray, axis: int, pieces: int) -> np.ndarray | SplitArray:
