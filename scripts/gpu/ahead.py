@@ -5,8 +5,9 @@ Kernels take seconds to compile and microseconds to run, and compiling keeps the
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -21,6 +22,17 @@ class Ahead:
         self._started: dict[str, Future[Any]] = {}
         cores = os.cpu_count() or 2
         self._pool = ThreadPoolExecutor(threads or max(1, min(6, cores // 2)))
+
+    @classmethod
+    def of(
+        cls,
+        items: Iterable[Mapping[str, Any]],
+        build: Callable[[Mapping[str, Any]], Any],
+        facts: Mapping[str, Any],
+    ) -> Ahead:
+        """Those of a section's items that are not done yet."""
+        done = set(facts.get("done", ()))
+        return cls({i["key"]: functools.partial(build, i) for i in items if i["key"] not in done})
 
     def get(self, key: str) -> Any:
         """The program, once; raises what its compilation raised."""

@@ -62,8 +62,6 @@ def _calls(p: Problem) -> int:
 def _programs(facts: Mapping[str, Any]) -> Ahead:
     global _ahead
     if _ahead is None:
-        left = [i for i in items(facts) if i["method"] == "w4" and i["key"] not in facts["done"]]
-        _ahead = Ahead(
-            {i["key"]: functools.partial(products.build, of_item(i), "w4") for i in left}
-        )
+        own = [i for i in items(facts) if i["method"] == "w4"]
+        _ahead = Ahead.of(own, lambda i: products.build(of_item(i), "w4"), facts)
     return _ahead

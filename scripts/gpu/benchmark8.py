@@ -84,9 +84,6 @@ def _arguments(p: Problem8, unquantized: bool) -> list[Any]:
 def _programs(facts: Mapping[str, Any]) -> Ahead:
     global _ahead
     if _ahead is None:
-        done = set(facts.get("done", ()))
-        left = [i for i in items(facts) if i["method"] in _MOSAIC and i["key"] not in done]
-        _ahead = Ahead(
-            {i["key"]: functools.partial(products8.build, of_item8(i), i["method"]) for i in left}
-        )
+        own = [i for i in items(facts) if i["method"] in _MOSAIC]
+        _ahead = Ahead.of(own, lambda i: products8.build(of_item8(i), i["method"]), facts)
     return _ahead

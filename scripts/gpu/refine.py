@@ -28,5 +28,5 @@ def run(item: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
     """Time one."""
     global _ahead
     if _ahead is None:
-        _ahead = tune.ahead(items(facts), facts)
+        _ahead = Ahead.of(items(facts), tune.build, facts)
     return tune.time_candidate(item, _ahead, facts)

@@ -6,7 +6,6 @@ A candidate is an item of its own: one that hangs costs no other.  `best` picks 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -54,17 +53,12 @@ def run(item: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
     """Time one."""
     global _ahead
     if _ahead is None:
-        _ahead = ahead(items(facts), facts)
+        _ahead = Ahead.of(items(facts), build, facts)
     return time_candidate(item, _ahead, facts)
 
 
-def ahead(every: Iterable[Mapping[str, Any]], facts: Mapping[str, Any]) -> Ahead:
-    """Compiles what is not done yet."""
-    done = set(facts.get("done", ()))
-    return Ahead({i["key"]: functools.partial(_build, i) for i in every if i["key"] not in done})
-
-
-def _build(item: Mapping[str, Any]) -> Any:
+def build(item: Mapping[str, Any]) -> Any:
+    """The program of one."""
     return products.build(of_item(item), "w4", config_of(item["config"]))
 
 

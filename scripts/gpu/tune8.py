@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,9 +31,7 @@ def run(item: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
     """Time one."""
     global _ahead
     if _ahead is None:
-        done = set(facts.get("done", ()))
-        left = [i for i in items(facts) if i["key"] not in done]
-        _ahead = Ahead({i["key"]: functools.partial(_build, i) for i in left})
+        _ahead = Ahead.of(items(facts), _build, facts)
     p = of_item8(item)
     told = benchmark8.timed8(p, "kernel", _ahead.get(item["key"]), facts)
     told.pop("kernels", None)
