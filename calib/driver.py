@@ -76,7 +76,7 @@ class QuantizedBlock:
     report: what happened.
     hidden: [samples, T, D], the calibration set's hidden states as the next block reads them; None
       after the last block, and where nothing is calibrated.  On a mesh, in its order and with its
-      empty rows (see `jq.data_mesh`).
+      empty rows (see `jq.data_mesh`); a NumPy array has the rows of this process's devices.
     """
 
     name: str

@@ -76,13 +76,19 @@ class ManyDevices:
 
     def restored(self, hidden: Any, tokens: np.ndarray, mask: Any) -> Stream:
         """What a block reads, as the one before has left it in an earlier run."""
-        shape = (self.devices.rows_of(len(tokens)) * self.devices.size, tokens.shape[1])
-        check_hidden(hidden, shape)
-        hidden = np.asarray(hidden)
+        rows = self.devices.rows_of(len(tokens)) * self.devices.size
+        own = self._own(rows, lambda index: np.arange(rows)[index[0]])
+        is_own = len(hidden) == len(own)  # of this process, see `QuantizedBlock`
+        check_hidden(hidden, (len(own) if is_own else rows, tokens.shape[1]))
+        shape = (rows, *hidden.shape[1:])
         if self.offload:
-            x = self._own(shape[0], lambda index: hidden[index[0]])
+            x = np.asarray(hidden) if is_own else np.asarray(hidden)[own]
+        elif isinstance(hidden, jax.Array):
+            x = jax.device_put(hidden, self._rows())  # which leaves it there if it is there
+        elif is_own:
+            x = jax.make_array_from_process_local_data(self._rows(), hidden, shape)
         else:
-            x = self._made(hidden.shape, lambda index: hidden[index])
+            x = self._made(shape, lambda index: hidden[index])
         return Stream(x, None, self._mask(mask))
 
     def prepare(self, params: Any, dtype: Any) -> tuple[Any, Any]:

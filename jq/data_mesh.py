@@ -120,6 +120,11 @@ def checked_mesh(mesh: Mesh | None, axis: str) -> DataMesh | None:
 
 
 def mesh_fact(mesh: Mesh | None, axis: str) -> str:
-    """What a run's journal remembers of the mesh: the order of its sums depends on it."""
+    """What a run's journal remembers of the mesh, on which the order of its sums depends."""
     devices = checked_mesh(mesh, axis)
-    return "1 device" if devices is None else f"{devices.size} devices"
+    if devices is None:
+        return "1 device"
+    # Which samples are whose, as a process reads its own again.
+    owners = [device.process_index for device in devices.mesh.devices.flat]
+    order = "" if owners == sorted(owners) else f" of processes {' '.join(map(str, owners))}"
+    return f"{devices.size} devices{order}"

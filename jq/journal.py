@@ -9,8 +9,11 @@ It stands beside the output folder, in the hidden folder `.<name>.journal`:
 
 A block is finished when its file in `done` is there, which is renamed into place as a whole.
 
-Several processes keep one journal: blocks and hidden states are written by all, each what it holds;
-everything else, and the lock, is process 0's.
+Several processes keep one journal: blocks and hidden states are written by all, each what it holds,
+and each reads only its own hidden states again. Everything else, and the lock, is process 0's.
+
+Hidden states are a part of a checkpoint, streams/<block>/0/; but what several processes have in
+host memory are files streams/<block>/0, 1, ..., of one process each.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Sharding
 
 from jq.calib.driver import QuantizedBlock
 from jq.calib.report import BlockReport, LinearReport
@@ -34,8 +38,8 @@ from jq.checkpoint import files as fs
 from jq.checkpoint.format import PartEntry
 from jq.checkpoint.manifest import encode_json, parse_part, part_json
 from jq.checkpoint.part_writer import save_part
+from jq.checkpoint.raw_file import read_array, write_array
 from jq.checkpoint.reader import part_tree, read_part
-from jq.checkpoint.shards import rows_of_processes
 from jq.cuts import CutRule
 from jq.distributed import Team
 from jq.errors import CheckpointError, JaxqError, OutputError, ProcessError
@@ -43,6 +47,7 @@ from jq.interrupts import held_back
 
 _RUN = "run.json"
 _BLOCKS, _STREAMS, _DONE = "blocks", "streams", "done"
+_HIDDEN = "hidden/x"  # what hidden states are called in their part
 
 
 def journal_folder(target: str | os.PathLike[str]) -> Path:
@@ -53,10 +58,13 @@ def journal_folder(target: str | os.PathLike[str]) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class _Done:
-    """A finished block: its part, that of the hidden states it left (or None), its report."""
+    """A finished block: its part, those of the hidden states it left, its report.
+
+    streams: one part, or one of each process, or none.
+    """
 
     part: PartEntry
-    stream: PartEntry | None
+    streams: tuple[PartEntry, ...]
     report: BlockReport
 
 
@@ -147,14 +155,10 @@ class Journal:
         with held_back():
             folder = self.folder / _BLOCKS / block.name
             part = save_part(folder, block.name, block.params, self._team, self._cuts)
-            stream = None
-            if block.hidden is not None:
-                tree = {"x": self._all_rows(block.hidden)}
-                folder = self.folder / _STREAMS / block.name
-                stream = save_part(folder, "hidden", tree, self._team)
+            streams = () if block.hidden is None else self._save_hidden(block.name, block.hidden)
             node = {
                 "part": part_json(part),
-                "stream": None if stream is None else part_json(stream),
+                "streams": [part_json(stream) for stream in streams],
                 "report": block.report.to_dict(),
             }
             file = self._done_file(block.name)
@@ -162,30 +166,50 @@ class Journal:
                 f"{block.name} is finished",
                 lambda: fs.write_synced(file, encode_json(node, file.name)),
             )
-            self._done[block.name] = _Done(part, stream, block.report)
+            self._done[block.name] = _Done(part, streams, block.report)
             for name in before if self._team.leads else ():
                 shutil.rmtree(self.folder / _STREAMS / name, ignore_errors=True)
 
-    def _all_rows(self, hidden: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+    def _save_hidden(self, name: str, hidden: jax.Array | np.ndarray) -> tuple[PartEntry, ...]:
+        """Write what a block leaves: in one part, or what is in host memory in one per process."""
+        folder = self.folder / _STREAMS / name
+
+        def make() -> None:
+            with fs.output_errors(folder):
+                folder.mkdir(exist_ok=True)
+
+        def write() -> dict[str, Any]:
+            entry = write_array(folder / str(self._team.index), np.asarray(hidden))
+            return part_json(PartEntry({_HIDDEN: entry}, {}))
+
+        self._team.lead("the hidden states have a folder", make)
         if self._team.count == 1 or not isinstance(hidden, np.ndarray):
-            return hidden
-        return rows_of_processes(hidden)  # in host memory each process keeps its own
+            return (save_part(folder / "0", "hidden", {"x": hidden}, self._team),)
+        told = self._team.attempt(f"the hidden states of {name} are written", write)
+        self._team.lead("they have names", lambda: fs.sync_tree(folder))
+        return tuple(parse_part("hidden", node, str(folder)) for node in told)
 
-    def hidden(self) -> np.ndarray | None:
-        """The hidden states [samples, T, D] that the last finished block left; None without any.
+    def hidden(self, sharding: Sharding | None = None) -> jax.Array | np.ndarray | None:
+        """The hidden states that the last finished block left, as `quantize_blocks` takes them;
+        None without any.
 
-        All of them, in every process.
+        What was in host memory when it was written: this process's rows [n, T, D].  Else all of
+        them, on the host, or in `sharding` where they were written by several processes: each then
+        reads and verifies the rows of its own devices only.
 
         Raises CheckpointError when they are damaged.
         """
-        if not self._done:
+        name, entry = next(reversed(self._done.items()), ("", None))
+        if entry is None or not entry.streams:
             return None
-        name, entry = list(self._done.items())[-1]
-        if entry.stream is None:
-            return None
-        folder = self.folder / _STREAMS / name
+        shared = len(entry.streams) == 1
+        number = 0 if shared else self._team.index
+        stored, part = self.folder / _STREAMS / name / str(number), entry.streams[number]
         with self._damage():
-            return read_part(folder, "hidden", entry.stream, verify=True)["hidden/x"]
+            if not shared:
+                return read_array(stored, dict(part.arrays())[_HIDDEN])
+            read = read_part(stored, "hidden", part, verify=True, shardings=lambda *_: sharding)
+            return read[_HIDDEN]
 
     def part(self, name: str) -> tuple[Path, PartEntry]:
         """Folder and contents of a finished block, for `CheckpointWriter.link_part`."""
@@ -249,16 +273,12 @@ class Journal:
             for number, name in enumerate(names):
                 file = self._done_file(name)
                 node = json.loads(file.read_bytes())
-                stream = node["stream"]
+                streams = [parse_part("hidden", stream, str(file)) for stream in node["streams"]]
                 part = parse_part(name, node["part"], str(file))
                 if number % self._team.count == self._team.index:
                     # Now, rather than when the output is read one day.
                     read_part(self.folder / _BLOCKS / name, name, part, verify=True)
-                self._done[name] = _Done(
-                    part,
-                    None if stream is None else parse_part("hidden", stream, str(file)),
-                    _report(node["report"]),
-                )
+                self._done[name] = _Done(part, tuple(streams), _report(node["report"]))
 
     @contextlib.contextmanager
     def _damage(self) -> Iterator[None]:

@@ -314,6 +314,10 @@ def _quantize_blocks(
     recipe: Recipe,
     calibration: CalibrationData | None,
     journal: Journal,
+    *,
+    mesh: Mesh | None,
+    axis: str,
+    offload: bool,
     **knobs: Any,
 ) -> None:
     """Quantize the blocks that the journal does not have yet."""
@@ -323,6 +327,8 @@ def _quantize_blocks(
             raise NonFiniteError(f"{path}: the weight has NaN or infinite entries")
     dtype = compute_dtype(outer["embed"]["embedding"].dtype)
     del outer
+    devices = checked_mesh(mesh, axis)
+    cut = None if devices is None or offload else devices.sharding(axis)
     blocks = quantize_blocks(
         Decoder(source.config, dtype=dtype),
         source,
@@ -330,7 +336,10 @@ def _quantize_blocks(
         None if calibration is None else calibration.tokens,
         mask=None if calibration is None else calibration.mask,
         done=len(journal.done),
-        hidden=journal.hidden(),
+        hidden=journal.hidden(cut),
+        mesh=mesh,
+        axis=axis,
+        offload=offload,
         **knobs,
     )
     for block in blocks:

@@ -120,7 +120,7 @@ def iter_parts(
         raise CheckpointError(f"{folder} is a symbolic link; copy it with its links resolved")
     for name in names:
         part = manifest.parts[name]
-        arrays = _read_part(folder / name, name, part, verify, shardings)
+        arrays = read_part(folder / name, name, part, verify=verify, shardings=shardings)
         yield name, part_tree(name, part, arrays, shardings)
 
 
@@ -138,18 +138,19 @@ def part_tree(
     return nest(_tensors(part, placed))[name]
 
 
-def read_part(folder: Path, name: str, part: PartEntry, *, verify: bool) -> dict[str, np.ndarray]:
-    """Every array of a part on the host, by path, checked.
+def read_part(
+    folder: Path,
+    name: str,
+    part: PartEntry,
+    *,
+    verify: bool,
+    shardings: Shardings | None = None,
+) -> dict[str, Any]:
+    """Every array of a part, by path, checked: on its devices where it can go straight there (see
+    `load_params`), and else on the host.
 
     Raises: see `load_params`.
     """
-    return _read_part(folder, name, part, verify, None)
-
-
-def _read_part(
-    folder: Path, name: str, part: PartEntry, verify: bool, shardings: Shardings | None
-) -> dict[str, Any]:
-    """Every array of a part, on the host, or on its devices where it can go straight there."""
     check_part(folder, part, verify=verify)
     entries = dict(part.arrays())
     stored = {path: entry for path, entry in entries.items() if entry.nbytes}

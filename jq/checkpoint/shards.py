@@ -62,12 +62,6 @@ def sharded(path: str, leaf: Any) -> ShardedArray | None:
     return _as_it_lies(path, array)
 
 
-def rows_of_processes(leaf: np.ndarray) -> jax.Array:
-    """This process's rows [n, ...] among those of all, [processes * n, ...], in their order."""
-    mesh = Mesh(np.array(_first_devices()), ("process",), axis_types=(AxisType.Auto,))
-    return jax.make_array_from_process_local_data(NamedSharding(mesh, P("process")), leaf)
-
-
 def _is_copied(array: jax.Array) -> bool:
     return array.is_fully_addressable or array.is_fully_replicated
 

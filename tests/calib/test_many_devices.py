@@ -20,15 +20,16 @@ from jq.calib.driver import TreeSource, quantize_blocks, quantize_model
 from jq.communication import collectives, share
 from jq.data_mesh import DataMesh, checked_mesh, columns_are_cut, data_mesh, shard_axis
 from jq.errors import NonFiniteError, OutputError, SpecError
+from jq.methods import cholesky
 from jq.methods.awq import AWQ
-from jq.methods.gptq import GPTQ
+from jq.methods.gptq import GPTQ, factor_hessian
 from jq.methods.rtn import RTN
 from jq.methods.smoothquant import SmoothQuant
 from jq.pipeline import quantize_checkpoint
 from jq.recipe import Rule, uniform
 from jq.requirements.arithmetic import arithmetic
 from jq.requirements.memory import STATES, WEIGHTS, device_parts
-from jq.requirements.workload import run_of
+from jq.requirements.workload import Block, Group, run_of
 from jq.spec import QuantSpec, w8a8
 from tests.calib import decoders, hlo, toy
 from tests.devices import EIGHT, on_eight, run_with
@@ -38,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("fast_compiles")
 _BLOCK = {"model", "kind", "index", "devices", "specs"}
 # The programs of a mesh, and their static arguments.
 PROGRAMS = {
-    "prepare": {"devices", "specs"},
+    "prepare": {"dtype", "devices", "specs"},
     "stage": _BLOCK,
     "zeros": {"k", "devices"},
     "finish": {"devices"},
@@ -151,6 +152,19 @@ def test_one_device_and_the_formula(name):
         for reports in (told, found)
     ]
     np.testing.assert_allclose(*map(np.array, errors), rtol=1e-3)
+
+
+@on_eight
+def test_large_hessians_are_factored_together(monkeypatch):
+    """In blocks of four rows: as one device does, with the exchanges of the formula."""
+    monkeypatch.setattr(cholesky, "SHARED_FROM", 16)
+    monkeypatch.setattr(cholesky, "BLOCK", 4)
+    for program in (mesh_programs.factor, factor_hessian):
+        program.clear_cache()
+    assert {k: cholesky.block_rows(k, 8) for k in (8, 16, 32)} == {8: None, 16: 4, 32: 4}
+    test_one_device_and_the_formula("gptq")
+    for program in (mesh_programs.factor, factor_hessian):
+        program.clear_cache()
 
 
 @on_eight
@@ -271,9 +285,10 @@ def test_a_block_starts_from_what_an_earlier_run_left():
     first, second = quantize_blocks(model, source, recipe, tokens, mesh=eight())
     left = np.asarray(first.hidden)
     assert left.shape == (32, LENGTH, toy.WIDTH)
-    for offload in (False, True):
+    assert isinstance(first.hidden, jax.Array)
+    for hidden, offload in ((left, False), (left, True), (first.hidden, False)):
         (again,) = quantize_blocks(
-            model, source, recipe, tokens, mesh=eight(), done=1, hidden=left, offload=offload
+            model, source, recipe, tokens, mesh=eight(), done=1, hidden=hidden, offload=offload
         )
         assert decoders.same(again.params, second.params)
 
@@ -316,7 +331,7 @@ def test_too_few_devices_are_refused():
 
 
 def test_what_a_device_computes():
-    """All but the factorisations is divided."""
+    """All but the factorisations of small Hessians is divided."""
     model, params, _, _ = decoders.make()
     recipe = (Rule(".*", INT4, GPTQ()),)
     run = run_of(
@@ -338,3 +353,6 @@ def test_what_a_device_computes():
     assert part.products * 8 == pytest.approx(whole.products)
     assert part.wide_products == pytest.approx(factors + (whole.wide_products - factors) / 8)
     assert share(run, block, 1) == whole
+    large = Block((Group(16384, (64,), recipe),))
+    products = share(run, large, 8).wide_products
+    assert products < 1.2 * arithmetic(run, large).wide_products / 8

@@ -16,7 +16,7 @@ from tests.processes import outcomes, run_processes, start_processes
 
 pytestmark = pytest.mark.slow
 
-RAW = checkpoints.CONFIGS["qwen2"] | {"intermediate_size": 32, "num_hidden_layers": 2}
+RAW = checkpoints.CONFIGS["qwen2"] | {"intermediate_size": 32, "num_hidden_layers": 4}
 SAMPLES = 5  # which neither two nor four processes divide
 
 PROGRAM = """
@@ -32,12 +32,13 @@ from jq.recipe import uniform
 from jq.spec import QuantSpec
 from tests.jq.test_many_hosts import calibrate
 
-model, out, what = sys.argv[3:6]
+model, out, what, *rest = sys.argv[3:]
+what, _, where = what.partition("@")
 splits.MIN_BYTES = 1 if what == "pieces" else splits.MIN_BYTES
 me = jax.process_index()
 
 def progress(step):
-    if me == 1 and step.block == "layers_1":
+    if me == 1 and step.block == (where or "layers_1"):
         if what == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "fail":
@@ -48,7 +49,7 @@ report = quantize_checkpoint(
     out,
     uniform(QuantSpec("int4", 16), RTN() if what in ("pieces", "export") else GPTQ()),
     calibrate(me if what == "differ" else 0),
-    offload="offload" in out,
+    offload="offload" in out or "offload" in rest,
     mesh=all_devices() if what == "alone" else None,
     target="gptq" if what == "export" else "orbax",
     progress=progress,
@@ -87,8 +88,12 @@ def test_two_processes_one_is_killed(folder, tmp_path):
     assert ended[1].code == -9
     assert ended[0].code != 0  # JAX ends a process whose partner is gone
     assert ".q.journal" in os.listdir(tmp_path)
+    # Hidden states go from devices to devices, from there into host memory, and back.
+    for where, rest in (("layers_2", ()), ("layers_3", ("offload",))):
+        failed = start_processes(PROGRAM, 2, folder, str(tmp_path / "q"), f"fail@{where}", *rest)
+        assert "the disk of this host is full" in outcomes(failed)[0].error
     again = run_processes(PROGRAM, 2, folder, str(tmp_path / "q"), "")
-    assert [o.out for o in again] == ["resumed 1\n"] * 2
+    assert [o.out for o in again] == ["resumed 3\n"] * 2
     assert sorted(os.listdir(tmp_path)) == ["q", "whole"]
     assert digests(tmp_path / "q") == digests(tmp_path / "whole")
     _, params = api.load(tmp_path / "q")
