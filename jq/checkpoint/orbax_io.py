@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def stored_arrays(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """(dtype, shape) of every stored array, by slash-separated path, from Orbax's metadata."""
     ocp = _orbax()
     with _quiet(), _context(ocp):
-        found = ocp.metadata(folder, checkpointable_name=STATE).metadata
+        found = ocp.metadata(_plain(folder), checkpointable_name=STATE).metadata
     return {path: (str(leaf.dtype), tuple(leaf.shape)) for path, leaf in tree.leaves(found)}
 
 
@@ -94,7 +95,12 @@ def load_tree(folder: Path, target: Mapping[str, Any]) -> dict[str, Any]:
     """
     ocp = _orbax()
     with _quiet(), _context(ocp):
-        return ocp.load(folder, dict(target), checkpointable_name=STATE)
+        return ocp.load(_plain(folder), dict(target), checkpointable_name=STATE)
+
+
+def _plain(folder: Path) -> Path:
+    """The folder without `..`, behind which Orbax finds nothing."""
+    return Path(os.path.realpath(folder))
 
 
 def abstract(dtype: Any, shape: tuple[int, ...], sharding: Sharding | None = None) -> Any:

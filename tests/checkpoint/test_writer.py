@@ -65,6 +65,10 @@ def test_parents_are_made_and_relative_paths_work(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(Path("deep/er/q"), {"a": ONES})
     assert is_checkpoint(tmp_path / "deep" / "er" / "q")
+    monkeypatch.chdir(tmp_path / "deep")
+    write(Path("../q"), {"a": ONES})
+    for path in ("er/q", "../q", "er/../../deep/er/q"):
+        assert_same(load_params(path), {"a": ONES})
 
 
 def test_an_empty_folder_is_taken(tmp_path):
