@@ -102,9 +102,9 @@ def finish(stats: InputStats, *, devices: DataMesh) -> InputStats:
 
 @functools.partial(jax.jit, static_argnames=("spec", "rounding", "devices"))
 def factor(gram, spec: QuantSpec, rounding: GPTQ, *, devices: DataMesh) -> HessianFactor:
-    """See `factor_hessian`; every device does it all."""
+    """See `factor_hessian`; what is too small to be shared every device does alone."""
     return jax.shard_map(
-        lambda gram: factor_hessian(gram, spec, rounding),
+        lambda gram: factor_hessian(gram, spec, rounding, devices.axis),
         mesh=devices.mesh,
         in_specs=(P(),),
         out_specs=P(),

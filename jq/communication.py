@@ -7,7 +7,8 @@ bytes a number:
     stage         all-gather   c K N of each linear that it runs (codes, where x is rounded too),
                                and a byte per sample: is it finite?
     statistics    all-reduce   4 (5/8 K^2 + K + 1), and 4 K of maxima; K^2 where K < 256
-    factor                     nothing: every device factors for itself
+    factor        all-reduce   4 K^2 and 4 b K, in K / b rounds, from K = 8192 on (see
+                               `jq.methods.cholesky`); below every device factors for itself
     solve         all-reduce   20 per linear, of errors for the report
     search        all-gather   4 K N of the linears, and of those that follow; the inputs where
                                SmoothQuant compares the outputs of single linears
@@ -15,7 +16,6 @@ bytes a number:
 
 A ring all-gather of b bytes sends (D - 1) / D b from each device, an all-reduce twice that.  None
 of it grows with the tokens, while the tokens of a device become fewer: that is how far it scales.
-The factor is the part that does not.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from jq.data_mesh import columns_are_cut, shard_axis
+from jq.methods import cholesky
 from jq.methods.awq import AWQ
 from jq.methods.smoothquant import AUTO_ALPHAS
 from jq.recipe import Rule
@@ -43,16 +44,18 @@ class Collective:
     program: which needs it.
     kind: what it is.
     bytes: of the array that every device has afterwards.
+    times: how often the program makes it, one after the other.
     """
 
     program: str
     kind: Literal["all-gather", "all-reduce"]
     bytes: int
+    times: int = 1
 
     def sent(self, devices: int) -> float:
         """Bytes that each device sends, in a ring."""
-        times = 2 if self.kind == "all-reduce" else 1
-        return times * (devices - 1) / devices * self.bytes
+        ways = 2 if self.kind == "all-reduce" else 1
+        return self.times * ways * (devices - 1) / devices * self.bytes
 
 
 def collectives(
@@ -78,7 +81,7 @@ def collectives(
             out += _stage(run, block, index, rounded, devices)
             if group.learns and block.sequential:
                 out += _statistics(group)
-        out += _solve(group, devices)
+        out += _factor(group, devices) + _solve(group, devices)
         rounded[index] = True
     if run.calibrates and not last:
         out += _stage(run, block, len(groups), rounded, devices)
@@ -86,13 +89,14 @@ def collectives(
 
 
 def share(run: Run, block: Block, devices: int) -> Arithmetic:
-    """What each device computes of a block: its part of everything but the factorisations."""
-    factors = Arithmetic(wide_products=sum(g.k**3 / 3 for g in block.groups if g.uses_hessian))
+    """What each device computes of a block: its part, of factorisations that of the busiest."""
+    sizes = [group.k for group in block.groups if group.uses_hessian]
+    alone, shared = (sum(cholesky.products(k, count) for k in sizes) for count in (1, devices))
     whole = arithmetic(run, block)
     rows = -(-run.samples // devices) / run.samples if run.samples else 1 / devices
     return Arithmetic(
         whole.products * rows,
-        (whole.wide_products - factors.wide_products) / devices + factors.wide_products,
+        (whole.wide_products - alone) / devices + shared,
         whole.moved / devices,
     )
 
@@ -139,6 +143,16 @@ def _statistics(group: Group) -> list[Collective]:
     return [
         Collective("statistics", "all-reduce", _WIDE * (panels + k + 1)),
         Collective("statistics", "all-reduce", _WIDE * k),
+    ]
+
+
+def _factor(group: Group, devices: int) -> list[Collective]:
+    k, size = group.k, cholesky.block_rows(group.k, devices)
+    if size is None or not group.uses_hessian:
+        return []
+    return [
+        Collective("factor", "all-reduce", _WIDE * size * width, times=k // size)
+        for width in (k, size)
     ]
 
 

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file: f
 
 from jq.advise.known import CONFIGS
 from jq.communication import collectives, sent, share
+from jq.methods.cholesky import products
 from jq.models import Decoder, ModelConfig
 from jq.models.hf_names import block_table
 from jq.presets import default_recipe
@@ -77,10 +78,11 @@ def rows(options: Scaling) -> list[str]:
     out = []
     for model in options.models:
         run, block, arrays = block_of(model, options.samples, options.seq_len)
-        factors = sum(group.k**3 / 3 for group in block.groups if group.uses_hessian)
+        sizes = [group.k for group in block.groups if group.uses_hessian]
         alone = 0.0
         for count in options.devices:
             work = share(run, block, count)
+            factors = sum(products(k, count) for k in sizes)
             travel = sent(collectives(run, block, count, arrays=arrays), count)
             seconds = work.products / options.products + work.wide_products / options.wide_products
             seconds += travel / options.link

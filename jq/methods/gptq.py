@@ -30,6 +30,7 @@ from jq import grid
 from jq.chunks import largest_divisor
 from jq.errors import SpecError
 from jq.methods import clip
+from jq.methods.cholesky import cholesky
 from jq.methods.rtn import Clip, weight_range
 from jq.methods.solution import Solution
 from jq.spec import QuantSpec
@@ -136,14 +137,20 @@ def gptq_quantize(
     return gptq_solve(w, factor_hessian(gram, spec, config), spec, config)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "config"))
-def factor_hessian(gram: jax.Array, spec: QuantSpec, config: GPTQ) -> HessianFactor:
-    """Order the inputs and factor the Hessian: once for all weights that share the inputs."""
+@functools.partial(jax.jit, static_argnames=("spec", "config", "axis_name"))
+def factor_hessian(
+    gram: jax.Array, spec: QuantSpec, config: GPTQ, axis_name: str | None = None
+) -> HessianFactor:
+    """Order the inputs and factor the Hessian: once for all weights that share the inputs.
+
+    axis_name: inside `jax.shard_map`, the mesh axis whose devices all have the Gram matrix, and
+      share the work where it is large (see `jq.methods.cholesky`).
+    """
     order, group_order = _processing_order(gram, spec, config)
     blocks = None
     if config.clip == "output":
         blocks = _group_blocks(gram, None if config.static_groups else order, spec)
-    damp, unit, diagonal, failed = _damped_factor(gram, order, config.damp_percent)
+    damp, unit, diagonal, failed = _damped_factor(gram, order, config.damp_percent, axis_name)
     return HessianFactor(order, group_order, blocks, unit, diagonal, damp, failed)
 
 
@@ -186,7 +193,7 @@ def _group_blocks(gram: jax.Array, order: jax.Array | None, spec: QuantSpec) -> 
 
 
 def _damped_factor(
-    gram: jax.Array, order: jax.Array | None, damp_percent: float
+    gram: jax.Array, order: jax.Array | None, damp_percent: float, axis_name: str | None
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """U and diag(R) with H + damping = R R', R = U diag(R) upper triangular.
 
@@ -210,7 +217,7 @@ def _damped_factor(
         tries, damp, _ = state
         damp = jnp.where(tries == 0, damp, jnp.maximum(damp * 10, 1e-4))
         damped = gram[backwards][:, backwards].at[inputs, inputs].add(damp * mean)
-        return tries + 1, damp, lax.linalg.cholesky(damped, symmetrize_input=False)
+        return tries + 1, damp, cholesky(damped, axis_name)
 
     start = (0, jnp.float32(damp_percent), jnp.full_like(gram, jnp.nan))
     _, damp, lower = lax.while_loop(

@@ -354,5 +354,7 @@ def test_what_a_device_computes():
     assert part.wide_products == pytest.approx(factors + (whole.wide_products - factors) / 8)
     assert share(run, block, 1) == whole
     large = Block((Group(16384, (64,), recipe),))
+    rest = arithmetic(run, large).wide_products - 16384**3 / 3
     products = share(run, large, 8).wide_products
-    assert products < 1.2 * arithmetic(run, large).wide_products / 8
+    assert products == pytest.approx(rest / 8 + cholesky.products(16384, 8))
+    assert products < 1.25 * (rest + 16384**3 / 3) / 8
