@@ -23,6 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jq.chunks import largest_divisor
+
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
@@ -52,7 +54,7 @@ def cholesky(matrix: Float[Array, "K K"], axis_name: str | None) -> Float[Array,
 
 def block_rows(k: int, devices: int) -> int | None:
     """Rows of a block of a matrix [K, K]; None where every device factors it all by itself."""
-    size = next(d for d in range(min(k, BLOCK), 0, -1) if k % d == 0)
+    size = largest_divisor(k, BLOCK)
     return size if devices > 1 and k >= SHARED_FROM and size >= BLOCK // 4 else None
 
 
@@ -80,7 +82,7 @@ def products(k: int, devices: int) -> float:
 
 def _panel(count: int) -> int:
     """Blocks whose columns are multiplied at a time."""
-    return next(d for d in range(max(1, PANEL // BLOCK), 0, -1) if count % d == 0)
+    return largest_divisor(count, PANEL // BLOCK)
 
 
 def shared_cholesky(matrix: Float[Array, "K K"], axis_name: str, size: int) -> Float[Array, "K K"]:
@@ -95,10 +97,12 @@ def shared_cholesky(matrix: Float[Array, "K K"], axis_name: str, size: int) -> F
     owner = owners(count, devices)
     width = _panel(count) * size
     # Each device's rows, in ascending order behind as many -1 as the others have more.
-    most = np.bincount(owner, minlength=devices).max()
-    tables = [np.flatnonzero(owner == device) for device in range(devices)]
-    table = np.stack([np.pad(t, (most - len(t), 0), constant_values=-1) for t in tables])
-    own, owner = jnp.asarray(table, jnp.int32)[me], jnp.asarray(owner)
+    most = int(np.bincount(owner).max())
+    table = np.full((devices, most), -1, np.int32)
+    for device in range(devices):
+        rows = np.flatnonzero(owner == device)
+        table[device, most - len(rows) :] = rows
+    own, owner = jnp.asarray(table)[me], jnp.asarray(owner)
 
     def product(a, b, first, step, panels):
         """Sum of a_p b_p' over every step-th of the first panels p."""
