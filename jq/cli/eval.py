@@ -20,7 +20,7 @@ from jq.errors import CalibrationError, ModelError
 ABOUT = """Measure token-level perplexity, on non-overlapping windows (the GPTQ paper's protocol).
 
 With --reference also the KL divergence from it, and how often both models' first choices agree.
-With --tasks, tasks of lm-evaluation-harness instead (pip install lm-eval).
+With --tasks, tasks of lm-evaluation-harness instead (they need the extra "tasks").
 What follows a +- is one standard error."""
 
 _LONGEST = 2048

@@ -78,7 +78,8 @@ class GPTQ:
             raise SpecError(f"block_size {self.block_size} is not positive")
         if self.desc_act and self.act_group_aware:
             raise SpecError(
-                "desc_act and act_group_aware are two orders of the same inputs: choose one"
+                "desc_act and act_group_aware are two orders of the same inputs: choose one, and "
+                "switch off the other (--no-act-group-aware, act_group_aware=False)"
             )
         if self.static_groups and not self.desc_act:
             raise SpecError("static_groups changes nothing without desc_act")

@@ -61,7 +61,7 @@ def harness_version() -> str:
     except ModuleNotFoundError as error:
         raise SpecError(
             f"tasks need lm-evaluation-harness ({error.name} is missing); install it with: "
-            'pip install "lm-eval>=0.4.13,<0.5"'
+            'pip install "lm-eval>=0.4.13,<0.5" (the extra "tasks")'
         ) from error
     return version("lm_eval")
 
