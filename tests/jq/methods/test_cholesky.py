@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jq.methods import cholesky
 from tests.devices import EIGHT, on_eight, run_with
 from tests.jq import problems
+from tests.processes import run_processes
 
 pytestmark = pytest.mark.usefixtures("fast_compiles")
 
@@ -85,3 +86,35 @@ def test_operations(k):
     whole = k**3 / 3
     assert cholesky.products(k, 1) == whole
     assert 1 < 8 * cholesky.products(k, 8) / whole < 1 + 7000 / k
+
+
+HOSTS = """
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jq.methods import cholesky
+from tests.jq import problems
+
+gram = problems.gram(64)
+mesh = Mesh(np.array(jax.devices()), ("all",))
+here = NamedSharding(mesh, P())
+given = jax.make_array_from_callback(gram.shape, here, lambda index: gram[index])
+shared = jax.shard_map(
+    lambda a: cholesky.shared_cholesky(a, "all", 8),
+    mesh=mesh,
+    in_specs=P(),
+    out_specs=P(),
+    check_vma=False,
+)
+found = np.asarray(jax.jit(shared)(given))
+print(problems.relative_error(found, np.linalg.cholesky(gram.astype(np.float64))))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(EIGHT, reason="starts processes of its own")
+def test_the_devices_of_several_processes():
+    told = [outcome.out.split() for outcome in run_processes(HOSTS, 2, devices=2)]
+    assert len(told) == 2
+    assert all(float(error) < 1e-5 for (error,) in told)
