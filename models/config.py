@@ -134,8 +134,15 @@ class ModelConfig:
 
     @classmethod
     def from_folder(cls, path: str | Path) -> ModelConfig:
-        """Read `<path>/config.json`; ModelError where it is missing or is not JSON."""
-        return cls.from_hf(read_json(Path(path) / "config.json"))
+        """Read `<path>/config.json`; ModelError, naming it, where it is missing or is not JSON, and
+        as `from_hf`."""
+        file = Path(path) / "config.json"
+        raw = read_json(file)
+        try:
+            return cls.from_hf(raw)
+        except ModelError as error:
+            text = str(error).removeprefix("config.json").removeprefix(":")
+            raise ModelError(f"{file}: {text.lstrip()}") from error
 
     def to_hf(self) -> dict[str, Any]:
         """A `config.json` that `from_hf` reads back to an equal config."""

@@ -70,7 +70,7 @@ class HFCheckpoint:
         if not self.path.is_dir():
             raise ModelError(f"{self.path} is not a folder; give the folder with config.json")
         self.raw_config = read_json(self.path / "config.json")
-        self.config = ModelConfig.from_hf(self.raw_config)
+        self.config = ModelConfig.from_folder(self.path)
         _refuse_quantized(self.path, self.raw_config)
         self._dtype = None if dtype is None else jnp.dtype(dtype)
         self._place = place if place is not None else place_whole
@@ -189,8 +189,9 @@ def _refuse_quantized(path: Path, raw: Mapping[str, Any]) -> None:
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise ModelError(
-            f"{path} is already quantized (quant_method {method!r}): jq.load reads it as it is; to "
-            "quantize, give the original model"
+            f"{path} is already quantized (quant_method {method!r}): to quantize, give the "
+            "original model; jq.load, generate and eval take gptq, awq and compressed-tensors as "
+            "they are"
         )
 
 

@@ -193,5 +193,6 @@ def _check_layout(path: Path, tensors: dict[str, TensorInfo], start: int, size: 
         position = info.end
     if position != size:
         raise CheckpointError(
-            f"{path}: truncated or padded: expected {position} bytes, the file has {size}"
+            f"{path}: truncated or padded: expected {position} bytes, the file has {size}; "
+            "download or copy it again"
         )

@@ -136,7 +136,8 @@ def check_target(target: Path, *, overwrite: bool) -> None:
             return
     if not overwrite:
         raise OutputError(
-            f"{target} exists and is not empty: choose another folder or pass overwrite=True"
+            f"{target} exists and is not empty: choose another folder, or overwrite (--overwrite, "
+            "overwrite=True), which replaces only what jaxq has made"
         )
     if not any((target / name).is_file() for name in (MANIFEST, EXPORT_MANIFEST)):
         raise OutputError(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from jq.errors import ModelError
 
 DEMO = "demo"
+_HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")  # an owner and a model
 # What the manifest of a checkpoint made of it calls the model.
 DEMO_NAME = "jaxq demo model"
 
@@ -21,9 +23,12 @@ def model_folder(name: str) -> Path:
     if path.is_dir():
         return path
     what = "is a file" if path.exists() else "does not exist"
+    first = "models of a hub are downloaded first"
+    if _HUB_NAME.fullmatch(name) and not path.parent.exists():
+        first += f": hf download {name} --local-dir DIR"
     raise ModelError(
-        f"{name} {what}; give a folder with config.json (models of a hub are downloaded first), or "
-        f"{DEMO!r} for the embedded model"
+        f"{name} {what}; give a folder with config.json ({first}), or {DEMO!r} for the embedded "
+        "model"
     )
 
 

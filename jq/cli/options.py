@@ -25,6 +25,7 @@ CONFIG = (
 
 def parse(options: Any, command: str, description: str, arguments: Sequence[str]) -> Any:
     """Parse arguments into an instance of a dataclass; raises SystemExit as tyro does."""
+    _leave_none_unsaid(options)
     return tyro.cli(
         options,
         prog=f"jaxq {command}",
@@ -32,6 +33,33 @@ def parse(options: Any, command: str, description: str, arguments: Sequence[str]
         args=arguments,
         config=CONFIG,
     )
+
+
+def _leave_none_unsaid(options: Any) -> None:
+    """Let the help of options that are None unless given not speak of it, as in "{None}|INT
+    (default: None)": what that means is for their own texts to say."""
+    plain = typing.get_type_hints(options)
+    whole = typing.get_type_hints(options, include_extras=True)
+    for field in dataclasses.fields(options):
+        name = field.name
+        if dataclasses.is_dataclass(plain[name]):
+            _leave_none_unsaid(plain[name])
+        elif field.default is None:
+            told = getattr(whole[name], "__metadata__", ())
+            named = any(getattr(one, "metavar", None) for one in told)
+            unsaid = tyro.conf.arg(
+                metavar=None if named else _metavar(plain[name]), help_behavior_hint=""
+            )
+            options.__annotations__[name] = Annotated[whole[name], unsaid]
+
+
+def _metavar(hint: Any) -> str | None:
+    """How help writes a type, without its None; None for unions of more."""
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    if len(kinds) != 1:
+        return None
+    choices = typing.get_args(kinds[0])
+    return f"{{{','.join(choices)}}}" if choices else kinds[0].__name__.upper()
 
 
 def peek(arguments: Sequence[str], flag: str) -> str | None:

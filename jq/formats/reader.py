@@ -104,7 +104,7 @@ class QuantizedCheckpoint:
         if not self.path.is_dir():
             raise ModelError(f"{self.path} is not a folder; give the folder with config.json")
         self.raw_config = read_json(self.path / "config.json")
-        self.config = ModelConfig.from_hf(self.raw_config)
+        self.config = ModelConfig.from_folder(self.path)
         self.quantization = _parse(self.path, self.raw_config)
         self._place = place if place is not None else place_whole
         self._progress = progress

@@ -1,8 +1,10 @@
 """The library's dataclasses as options."""
 
 import dataclasses
+from typing import Annotated, Literal
 
 import pytest
+import tyro
 
 from jq.calib.config import CalibrationConfig
 from jq.cli.options import (
@@ -77,6 +79,38 @@ def test_unions_are_read():
     options = options_class(SmoothQuant())
     assert rebuild(SmoothQuant(), parse(options, "x", "", ["--alpha", "auto"])).alpha == "auto"
     assert rebuild(SmoothQuant(), parse(options, "x", "", ["--alpha", "0.3"])).alpha == 0.3
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparse:
+    """Options that need not be given.
+
+    size: one number.
+    kind: one of two.
+    """
+
+    size: int | None = None
+    kind: Literal["a", "b"] | None = None
+    named: Annotated[str | None, tyro.conf.arg(metavar="FILE|NAME", help="a text")] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Nested:
+    """More of them."""
+
+    sparse: Sparse = Sparse()
+
+
+def test_help_does_not_speak_of_none(capsys):
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            parse(Nested, "x", "", ["--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert "None" not in text
+        for said in ("--size INT", "--kind {a,b}", "--named FILE|NAME", "a text"):
+            assert said in text
+    assert parse(Nested, "x", "", ["--size", "3"]) == Nested(Sparse(size=3))
+    assert parse(Nested, "x", "", ["--kind", "b"]) == Nested(Sparse(kind="b"))
 
 
 def test_the_classes_own_checks_run():

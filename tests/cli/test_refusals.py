@@ -25,6 +25,9 @@ def test_a_missing_folder(call, out):
     assert "nowhere does not exist" in call("eval", "nowhere").refusal
     assert "nowhere does not exist" in call("generate", "nowhere", "--prompt", "x").refusal
     assert "nowhere does not exist" in call("inspect", "nowhere").refusal
+    # A model's name on the hub, which is a path as well.
+    assert "hf download someone/model-7B --local-dir" in quantize(call, "someone/model-7B", out)
+    assert "hf download" not in quantize(call, f"{out.parents[1]}/nowhere", out)
 
 
 def test_a_file_instead_of_a_folder(call, out, text):
@@ -93,7 +96,10 @@ def test_an_unknown_architecture_lists_the_known_ones(call, tiny, tmp_path, out)
     folder.mkdir()
     raw = json.loads((tiny / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(raw | {"model_type": "gpt_j"}))
-    assert "'gpt_j' is unknown; known: llama, mistral, qwen2, qwen3" in quantize(call, folder, out)
+    said = "config.json: model_type 'gpt_j' is unknown; known: llama, mistral, qwen2, qwen3"
+    assert quantize(call, folder, out) == f"{folder}/{said}"
+    (folder / "config.json").write_text(json.dumps(raw | {"model_type": None}))
+    assert quantize(call, folder, out).startswith(f"{folder}/config.json: has no model_type; known")
 
 
 def test_a_checkpoint_is_not_quantized_again(call, int8, out):

@@ -47,7 +47,7 @@ def test_eval_and_generate_run_it(call, packed, text):
 def test_quantize_wants_the_original(call, packed, tmp_path):
     out = tmp_path / "out"
     refusal = call("quantize", packed, "--out", out, "--method", "rtn").refusal
-    assert "is already quantized (quant_method 'gptq'): jq.load reads it" in refusal
+    assert "is already quantized (quant_method 'gptq'): to quantize, give the original" in refusal
     assert not out.exists()
 
 
