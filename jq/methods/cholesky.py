@@ -1,4 +1,5 @@
-"""A Cholesky factorisation that the devices along a mesh axis share.
+"""A Cholesky factorisation that the devices along a mesh axis share, or that is too large for
+libraries.
 
 Left-looking, by blocks of rows.  With L the lower factor of A and blocks of `b` rows, step j makes
 block column j: every device hears row j from its owner, all factor the diagonal block
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 # From this size on the factor is shared: a smaller one takes no longer than the messages would.
 SHARED_FROM = 8192
+# The most rows of a matrix whose entries can be counted in 32 bits, as cuSOLVER and LAPACK may do.
+# Models of 70 billion weights have fewer inputs, OPT-175B (49152) and Llama-405B (53248) have more.
+LIBRARY_ROWS = 46340
 # Rows of a block: fewer would leave the products too small, more the last ones to few devices.
 BLOCK = 512
 # Columns that are multiplied at a time.
@@ -42,20 +46,20 @@ def cholesky(matrix: Float[Array, "K K"], axis_name: str | None) -> Float[Array,
     """The lower factor of a positive definite matrix, whose upper triangle changes nothing.
 
     axis_name: inside `jax.shard_map`, the mesh axis whose devices all have the matrix, and share
-      the work where `block_rows` says so.
+      the work where it is large.
     Returns: the factor, on every device; NaN where there is none.
     """
-    if axis_name is not None:
-        size = block_rows(matrix.shape[0], lax.axis_size(axis_name))
-        if size is not None:
-            return shared_cholesky(matrix, axis_name, size)
-    return lax.linalg.cholesky(matrix, symmetrize_input=False)
+    size = block_rows(matrix.shape[0], 1 if axis_name is None else lax.axis_size(axis_name))
+    if size is None:
+        return lax.linalg.cholesky(matrix, symmetrize_input=False)
+    return blocked_cholesky(matrix, axis_name, size)
 
 
 def block_rows(k: int, devices: int) -> int | None:
-    """Rows of a block of a matrix [K, K]; None where every device factors it all by itself."""
+    """Rows of a block of a matrix [K, K]; None where every device gives it to a library whole."""
     size = largest_divisor(k, BLOCK)
-    return size if devices > 1 and k >= SHARED_FROM and size >= BLOCK // 4 else None
+    large = k >= SHARED_FROM if devices > 1 else k > LIBRARY_ROWS
+    return size if large and size >= BLOCK // 4 else None
 
 
 def owners(count: int, devices: int) -> np.ndarray:
@@ -67,7 +71,7 @@ def owners(count: int, devices: int) -> np.ndarray:
 def products(k: int, devices: int) -> float:
     """Operations of the device that has most to do."""
     size = block_rows(k, devices)
-    if size is None:
+    if size is None or devices == 1:
         return k**3 / 3
     count = k // size
     before, width = np.arange(count), _panel(count) * size
@@ -85,15 +89,19 @@ def _panel(count: int) -> int:
     return largest_divisor(count, PANEL // BLOCK)
 
 
-def shared_cholesky(matrix: Float[Array, "K K"], axis_name: str, size: int) -> Float[Array, "K K"]:
-    """The lower factor, inside `jax.shard_map`; NaN from where on the matrix has none.
+def blocked_cholesky(
+    matrix: Float[Array, "K K"], axis_name: str | None, size: int
+) -> Float[Array, "K K"]:
+    """The lower factor; NaN from where on the matrix has none.
 
-    matrix: the same on all devices along `axis_name`.
+    matrix: the same on all devices along `axis_name`, inside `jax.shard_map`.
     size: rows of a block, which divide K.
     Exchanges, for each of the K / size blocks: an all-reduce of [size, K] and one of [size, size].
     """
     k = matrix.shape[0]
-    count, devices, me = k // size, lax.axis_size(axis_name), lax.axis_index(axis_name)
+    count, devices, me = k // size, 1, 0
+    if axis_name is not None:
+        devices, me = lax.axis_size(axis_name), lax.axis_index(axis_name)
     owner = owners(count, devices)
     width = _panel(count) * size
     # Each device's rows, in ascending order behind as many -1 as the others have more.
@@ -103,6 +111,9 @@ def shared_cholesky(matrix: Float[Array, "K K"], axis_name: str, size: int) -> F
         rows = np.flatnonzero(owner == device)
         table[device, most - len(rows) :] = rows
     own, owner = jnp.asarray(table)[me], jnp.asarray(owner)
+
+    def told(part):
+        return part if axis_name is None else lax.psum(part, axis_name)
 
     def product(a, b, first, step, panels):
         """Sum of a_p b_p' over every step-th of the first panels p."""
@@ -121,11 +132,11 @@ def shared_cholesky(matrix: Float[Array, "K K"], axis_name: str, size: int) -> F
         start = j * size
         panels = (start + width - 1) // width
         row = lax.dynamic_slice_in_dim(lower, start, size)
-        row = lax.psum(jnp.where(owner[j] == me, row, 0.0), axis_name)
+        row = told(jnp.where(owner[j] == me, row, 0.0))
         square = lax.dynamic_slice_in_dim(row, start, size, axis=1)
         # What is not made yet must not be multiplied.
         row = jnp.where(jnp.arange(k)[None, :] < start, row, 0.0)
-        square -= lax.psum(product(row, row, me, devices, panels), axis_name)
+        square -= told(product(row, row, me, devices, panels))
         corner = lax.linalg.cholesky(square, symmetrize_input=False)
         row = lax.dynamic_update_slice_in_dim(row, corner, start, axis=1)
         done = lax.dynamic_update_slice_in_dim(row, jnp.zeros_like(corner), start, axis=1)

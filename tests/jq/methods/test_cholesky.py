@@ -25,7 +25,7 @@ def factors(matrix, devices: int, size: int) -> np.ndarray:
     mesh = Mesh(np.array(jax.devices()[:devices]), ("all",))
 
     def local(matrix):
-        return cholesky.shared_cholesky(matrix, "all", size)[None]
+        return cholesky.blocked_cholesky(matrix, "all", size)[None]
 
     shared = jax.shard_map(local, mesh=mesh, in_specs=P(), out_specs=P("all"), check_vma=False)
     return np.asarray(jax.jit(shared)(jnp.asarray(matrix)))
@@ -54,6 +54,30 @@ def test_every_device_has_the_factor(devices, k, size):
     assert not np.triu(found[0], 1).any()
 
 
+@pytest.mark.parametrize(("k", "size"), [(128, 8), (60, 4), (16, 16)])
+def test_one_device_alone(k, size, monkeypatch):
+    gram = problems.gram(k)
+    expected = np.linalg.cholesky(gram.astype(np.float64))
+    found = cholesky.blocked_cholesky(jnp.asarray(gram), None, size)
+    assert problems.relative_error(found, expected) < 1e-5
+    # What libraries may not reach the end of is not given to them.
+    monkeypatch.setattr(cholesky, "LIBRARY_ROWS", k - 1)
+    monkeypatch.setattr(cholesky, "BLOCK", size)
+    monkeypatch.setattr(jax.lax.linalg, "cholesky", only_below(k, jax.lax.linalg.cholesky))
+    found = cholesky.cholesky(jnp.asarray(gram), None)
+    assert problems.relative_error(found, expected) < 1e-5
+
+
+def only_below(k, library):
+    """The library's factorisation, of smaller matrices only (a single block is one)."""
+
+    def factor(matrix, **options):
+        assert matrix.shape[0] < k or k == 16
+        return library(matrix, **options)
+
+    return factor
+
+
 @on_eight
 @pytest.mark.parametrize("place", [0, 13, 63])
 def test_what_is_not_positive_definite_is_seen_by_all(place):
@@ -69,6 +93,8 @@ def test_small_matrices_and_odd_sizes_are_not_shared():
     assert cholesky.block_rows(8960, 8) == 448
     assert cholesky.block_rows(4096, 8) is None
     assert cholesky.block_rows(8192, 1) is None
+    assert cholesky.block_rows(46336, 1) is None
+    assert cholesky.block_rows(49152, 1) == cholesky.BLOCK
     assert cholesky.block_rows(8209, 8) is None  # a prime
 
 
@@ -101,7 +127,7 @@ mesh = Mesh(np.array(jax.devices()), ("all",))
 here = NamedSharding(mesh, P())
 given = jax.make_array_from_callback(gram.shape, here, lambda index: gram[index])
 shared = jax.shard_map(
-    lambda a: cholesky.shared_cholesky(a, "all", 8),
+    lambda a: cholesky.blocked_cholesky(a, "all", 8),
     mesh=mesh,
     in_specs=P(),
     out_specs=P(),
