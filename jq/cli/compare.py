@@ -11,6 +11,7 @@ import numpy as np
 import tyro
 
 from jq.calib.config import CalibrationConfig
+from jq.cli.devices import METAVAR, device_count
 from jq.cli.models import DEMO_NAME, demo_text, made_of_demo, model_folder
 from jq.cli.options import options_class, parse, rebuild, split_counts, split_names
 from jq.cli.output import complain, note, print_json, print_table, warn
@@ -27,6 +28,7 @@ gets report.html, report.md, results.csv and results.json.
 Exit code 1 tells that a method FAILED; the others are reported."""
 
 _LONGEST = 2048
+_DEVICES = "devices that share the making, and have each model cut over them; one unless given"
 _METHODS = "rtn,awq,gptq-no-act,gptq,gptq-act-order,smoothquant-int8,fp8"
 
 
@@ -154,6 +156,7 @@ def _parse(arguments: Sequence[str]) -> Any:
         ("out", Annotated[Path, _help("the folder for everything", "DIR")]),
         ("methods", Annotated[str, _help(f"of {_known()}", "NAME,NAME,...")], _METHODS),
         ("keep_checkpoints", Annotated[bool, _help("keep the quantized models")], True),
+        ("devices", Annotated[str | None, _help(_DEVICES, METAVAR)], None),
         ("apart", Annotated[bool, _help("run every stage in a process of its own")], True),
         ("json", _switch("print JSON, with every window"), False),
         ("format", Format, Format()),
@@ -191,6 +194,7 @@ def _plan(args: Any, folder: Path) -> Any:
     from jq.compare import Numbers, Plan, find_arms
     from jq.models import ModelConfig, Tokenizer
 
+    devices = device_count(args.devices)
     numbers = Numbers(**{f.name: getattr(args.format, f.name) for f in dataclasses.fields(Numbers)})
     arms = find_arms(split_names([args.methods]), numbers)
     config = ModelConfig.from_folder(folder)
@@ -223,6 +227,7 @@ def _plan(args: Any, folder: Path) -> Any:
         meta={"model": DEMO_NAME} if made_of_demo(folder) else None,
         keep_checkpoints=args.keep_checkpoints,
         apart=args.apart,
+        devices=devices,
     )
 
 

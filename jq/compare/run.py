@@ -13,7 +13,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -71,6 +71,8 @@ class Plan:
         keep_checkpoints: whether the quantized models stay.
         apart: run every stage in a process of its own; then its peak memory is known, and one that
             is killed fails alone.
+        devices: how many share the making of a model, and have it cut over them when it is
+            measured; "all", or None for one.
     """
 
     model: Path
@@ -90,6 +92,7 @@ class Plan:
     meta: Mapping[str, Any] | None = None
     keep_checkpoints: bool = True
     apart: bool = True
+    devices: int | Literal["all"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +123,8 @@ def compare(
         progress: called as work goes on.
         finished: called with every arm's result, reused ones too.
     Raises: before anything is computed,
-        SpecError, ModelError: an arm that does not fit the model; a task that cannot be had.
+        SpecError, ModelError: an arm that does not fit the model; a task that cannot be had; more
+            devices than there are.
         CalibrationError: arms that learn, and no calibration data; too short a text.
         OutputError: the folder is in use, or holds something else or results of another spec.
     """
@@ -174,6 +178,7 @@ def _spec(
         if progress is not None:
             progress(Step(ORIGINAL, 0, len(plan.arms), "digest", done, total, file))
 
+    device = _device(plan)  # which may refuse, before a large model is read
     return ComparisonSpec(
         model=model_digest(plan.model, reading),
         numbers=dataclasses.asdict(plan.numbers),
@@ -189,11 +194,24 @@ def _spec(
         tasks=tasks,
         batch_size=plan.batch_size,
         versions=versions(),
-        device=_device(plan),
+        device=device,
     )
 
 
 def _device(plan: Plan) -> dict[str, Any]:
+    """Facts of the device; "used" is how many of several, where it is not one."""
+    facts = _device_facts(plan)
+    count = facts["count"]
+    used = 1 if plan.devices is None else count if plan.devices == "all" else plan.devices
+    if not 1 <= used <= count:
+        raise SpecError(
+            f"{used} devices are asked for, and this process has {count} ({facts['platform']}): "
+            f"give 1{f' to {count}' if count > 1 else ''}, or all"
+        )
+    return facts if used == 1 else facts | {"used": used}
+
+
+def _device_facts(plan: Plan) -> dict[str, Any]:
     if not plan.apart:
         return device_facts()
     log = plan.out.with_name(f".{plan.out.name}.device-{os.getpid()}.log")
@@ -243,6 +261,7 @@ def _stage(
         plan.tasks,
         plan.task_options,
         plan.apart,
+        store.spec.device.get("used", 1),
     )
 
     def show(done: int, total: int, text: str) -> None:

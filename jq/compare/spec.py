@@ -33,7 +33,7 @@ class ComparisonSpec:
         tasks: by name; of the harness's also its version, the metric, the items' digest.
         batch_size: windows that run at once, in calibration and in evaluation.
         versions: of jaxq, jax, jaxlib, numpy and Python.
-        device: what it ran on.
+        device: what it ran on; "used" where several devices shared the work.
     """
 
     model: Mapping[str, Any]

@@ -23,11 +23,13 @@ from jq.compare.arms import Arm
 from jq.compare.quality import Stretches, position_edges
 from jq.compare.store import load_tokens
 from jq.compare.tasks import find_tasks, score_task
+from jq.data_mesh import data_mesh
 from jq.evaluate import evaluate
 from jq.pipeline import quantize_checkpoint
 from jq.prepare import prepare
 from jq.qtensor import QTensor
 from jq.tasks.harness import TaskOptions
+from jq.tensor_parallel import unsharded
 
 Stage = Literal["make", "measure"]
 StageProgress = Callable[[int, int, str], None]
@@ -50,6 +52,7 @@ class Job:
         tasks: places and names of tasks, see `jq.compare.tasks`.
         task_options: how the harness's are run.
         alone: whether the process runs this stage only, so that its peak memory means something.
+        devices: how many of the process's share the work.
     """
 
     stage: Stage
@@ -64,6 +67,7 @@ class Job:
     tasks: tuple[str, ...] = ()
     task_options: TaskOptions | None = None
     alone: bool = False
+    devices: int = 1
 
 
 def run_stage(job: Job, progress: StageProgress) -> dict[str, Any]:
@@ -83,6 +87,7 @@ def make(job: Job, progress: StageProgress) -> dict[str, Any]:
         _calibration(job) if job.arm.calibrated else None,
         batch_size=job.batch_size,
         overwrite=True,
+        mesh=data_mesh(job.devices),
         progress=lambda p: progress(p.done, p.total, f"{p.block} {p.group}"),
         meta=job.meta,
     )
@@ -100,14 +105,15 @@ def measure(job: Job, progress: StageProgress) -> dict[str, Any]:
     quantized = job.arm.spec is not None
     folder = job.folder / "arms" / job.arm.name if quantized else job.model
     progress(0, 1, "loading")
-    model, params = load(folder)
+    mesh = data_mesh(job.devices, "model")
+    model, params = load(folder, mesh=mesh)
     result: dict[str, Any] = {"size": _size(params, folder), "load": _load()}
     # From here on what inference runs on, so that its numbers and its memory are what is measured.
     params = prepare(params, dtype=model.dtype)
     result["speed"] = None if job.timing is None else _speed(model, params, job.timing, progress)
     # Before the original comes in as well.
     result["memory"] = _peaks(job.alone)
-    reference = load(job.model)[1] if quantized else None
+    reference = load(job.model, mesh=mesh)[1] if quantized else None
     tokens = load_tokens(job.folder)["evaluation"]
     stretches = Stretches(position_edges(job.seq_len))
     evaluation = evaluate(
@@ -136,7 +142,7 @@ def _calibration(job: Job) -> CalibrationData | None:
 def _size(params: Any, folder: Path) -> dict[str, Any]:
     """Bits per weight of the blocks' linears, quantized or not; bytes of everything."""
     nbytes = weights = total = 0
-    for path, leaf in tree.leaves(params):
+    for path, leaf in tree.leaves(unsharded(params)):
         total += leaf.nbytes
         if path.startswith("layers_") and path.endswith("/kernel"):
             nbytes += leaf.nbytes

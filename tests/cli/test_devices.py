@@ -27,6 +27,7 @@ COMMANDS = {
     "generate": ("demo", "--prompt", "a"),
     "eval": ("demo",),
     "eval of tasks": ("demo", "--tasks", "arc_easy"),
+    "compare": ("demo", "--out", "made", "--methods", "rtn", "--no-apart"),
 }
 
 
@@ -41,7 +42,9 @@ def test_on_eight_devices(marked):
 def test_what_is_not_there_is_refused(command, given, said, call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name = command.partition(" ")[0]
-    assert said in call(name, *COMMANDS[command], "--devices", given).refusal
+    done = call(name, *COMMANDS[command], "--devices", given)
+    assert (done.code, done.out) == (2, "")
+    assert said in done.err.splitlines()[-1]
     assert os.listdir(tmp_path) == []
 
 
@@ -116,6 +119,28 @@ def test_tasks_are_those_of_one_device(call, int4, tmp_path, monkeypatch):
     one, many = (numbers(call, int4, *tasks, *rest) for rest in ((), ("--devices", 2)))
     assert one["tasks"][0]["items"]
     assert many["tasks"] == one["tasks"]
+
+
+@on_eight
+@pytest.mark.slow
+def test_a_comparison_on_two_devices(call, tiny, text, tmp_path):
+    options = ("--methods", "rtn", "--group-size", 16, "--max-windows", 2, "--no-apart")
+    timing = ("--batch-sizes", 1, "--prompt-tokens", 4, "--decode-steps", 10)
+    results = []
+    for count in ("1", "2"):
+        out = tmp_path / count
+        arguments = ("compare", tiny, "--out", out, "--text", text, *options, *timing)
+        done = call(*arguments, "--devices", count, "--json")
+        assert done.code == 0, done
+        results.append(json.loads(done.out))
+    one, many = ({row["arm"]: row for row in found["rows"]} for found in results)
+    assert results[0]["spec"]["device"] | {"used": 2} == results[1]["spec"]["device"]
+    for arm in ("original", "rtn"):
+        for name in ("perplexity", "bits_per_weight", "weight_bytes"):
+            assert many[arm][name] == pytest.approx(one[arm][name], rel=1e-5)
+    assert "2 of 8 devices" in (tmp_path / "2" / "report.md").read_text()
+    again = call("compare", tiny, "--out", tmp_path / "2", "--text", text, *options, *timing)
+    assert "device.used was 2, is null" in again.err
 
 
 @on_eight

@@ -97,10 +97,12 @@ def _setting(spec: Mapping[str, Any]) -> str:
 
 
 def _device(device: Mapping[str, Any]) -> str:
+    used = f"{device['used']} of " if "used" in device else ""
     if device["platform"] == "cpu":
         cores = device["cores"]
-        return f"{cores} core{'s' if cores > 1 else ''} of {device['kind']}"
-    return f"{device['count']} x {device['kind']}"
+        shared = f", {used}{device['count']} devices" if used else ""
+        return f"{cores} core{'s' if cores > 1 else ''} of {device['kind']}{shared}"
+    return f"{used}{device['count']} x {device['kind']}"
 
 
 def _budget(budget: Budget) -> str:
