@@ -22,7 +22,6 @@ from jq.formats.plan import ExportFormat, FormatOptions, PlannedLinear, Scheme, 
 from jq.formats.reader import QuantizedCheckpoint, is_quantized_folder
 from jq.formats.shards import SHARD_BYTES
 from jq.interrupts import held_back
-from jq.models import Decoder
 
 Progress = Callable[[int, int, str], None]
 
@@ -71,6 +70,8 @@ def convert(
     if target == "orbax":
         if isinstance(source, _OwnSource):
             raise ModelError(f"{path} is a jaxq checkpoint already; give --format another one")
+        from jq.models import Decoder  # which needs flax
+
         opened = CheckpointWriter(
             out,
             config_files_from=path,
