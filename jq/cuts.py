@@ -49,6 +49,17 @@ class CutRule:
         whole = weight is not None and (weight.ordered or weight.spec.activation is not None)
         return self._behind(path) and not whole
 
+    def together(self, path: str) -> int:
+        """Outputs of a linear that must not be cut apart: those of a head, of q, k and v."""
+        block, linear = self._linear(path)
+        groups = self.model.linear_groups if self.model is not None and block else ()
+        for reader in groups:
+            if reader.head_dim and any(
+                linear in group.linears and reader.producer in group.linears for group in groups
+            ):
+                return reader.head_dim
+        return 1
+
     def of_array(self, path: str, shape: tuple[int, ...]) -> int | None:
         """The axis of a parameter that is no QTensor; None for what is not cut."""
         if len(shape) != 2:
@@ -61,13 +72,15 @@ class CutRule:
         return axis_of_field(field, shape, by_inputs=self.by_inputs(path, weight))
 
     def _behind(self, path: str) -> bool:
-        if self.model is None:
-            return False
-        block, _, rest = path.removesuffix("/kernel").partition("/")
-        return block in self.model.block_names and any(
-            group.producer_kind == "linear" and rest in group.linears
-            for group in self.model.linear_groups
-        )
+        block, linear = self._linear(path)
+        groups = self.model.linear_groups if self.model is not None and block else ()
+        return any(g.producer_kind == "linear" and linear in g.linears for g in groups)
+
+    def _linear(self, path: str) -> tuple[str, str]:
+        """The block of a kernel, "" if it is in none, and the linear's path there."""
+        block, _, linear = path.removesuffix("/kernel").partition("/")
+        known = self.model is not None and block in self.model.block_names
+        return block if known else "", linear
 
 
 def axis_of_field(field: str, shape: tuple[int, ...], *, by_inputs: bool) -> int | None:

@@ -10,7 +10,9 @@ Two kinds of weights are cut by their outputs everywhere, at the price of gather
 those in act order, whose rows lie anywhere, and those with 8-bit activations, whose scale is that
 of a whole token.  The results are then the same as on one device, up to the order of sums.
 
-Embedding and output head are cut along the vocabulary, vectors lie whole on every device.
+Where the devices do not divide the heads of q, k or v, that linear is whole on every device, and so
+is its cache: heads in parts would be put together again at every step.  Embedding and output head
+are cut along the vocabulary, vectors lie whole on every device.
 """
 
 from __future__ import annotations
@@ -74,9 +76,18 @@ class TensorParallel:
         """Into how many parts weights are cut."""
         return self.mesh.shape[self.axis]
 
-    def cut(self, path: str, weight: Weight | None = None) -> tuple[str | None, str | None]:
-        """Mesh axes of K and N of a linear's kernel; `weight`: None for a plain array."""
-        return (self.axis, None) if self.cuts.by_inputs(path, weight) else (None, self.axis)
+    def cut(
+        self, path: str, n: int, weight: Weight | None = None, parts: int | None = None
+    ) -> tuple[str | None, str | None]:
+        """Mesh axes of K and N of a linear's kernel.
+
+        n: its outputs; weight: None for a plain array; parts: as if there were so many.
+        """
+        if self.cuts.by_inputs(path, weight):
+            return self.axis, None
+        unit = self.cuts.together(path)
+        apart = unit > 1 and n % (unit * (parts or self.parts)) > 0
+        return None, None if apart else self.axis
 
     def check(self, weights: Mapping[str, Weight]) -> None:
         """Raise SpecError, listing the tensors, where shards would cut a group of inputs or a byte
@@ -96,7 +107,7 @@ class TensorParallel:
             )
 
     def _misfit(self, path: str, w: Weight, parts: int | None = None) -> str | None:
-        k, n = self.cut(path, w)
+        k, n = self.cut(path, w.n, w, parts)
         cuts = (axes_of(self.mesh, k), axes_of(self.mesh, n))
         if parts is not None:
             cuts = (parts if k else 1, parts if n else 1)
@@ -109,7 +120,12 @@ class TensorParallel:
     def of_array(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
         """Where a parameter that is no QTensor lies; whole where the devices do not divide it."""
         axis = self.cuts.of_array(path, shape)
-        return self._along(None if axis is None or shape[axis] % self.parts else axis, shape)
+        if axis is not None and (shape[axis] % self.parts or self._apart(path, shape[-1])):
+            axis = None
+        return self._along(axis, shape)
+
+    def _apart(self, path: str, n: int, weight: Weight | None = None) -> bool:
+        return self.cut(path, n, weight) == (None, None)
 
     def _along(self, axis: int | None, shape: tuple[int, ...]) -> NamedSharding:
         spec = (self.axis if i == axis else None for i in range(len(shape)))
@@ -117,7 +133,7 @@ class TensorParallel:
 
     def of_qtensor(self, path: str, w: QTensor) -> QTensor:
         """`w` with a NamedSharding in the place of each array; w may be its shapes."""
-        specs = partition_specs(w, *self.cut(path, Weight.of(w)))
+        specs = partition_specs(w, *self.cut(path, w.n, Weight.of(w)))
         return jax.tree.map(
             lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=lambda s: isinstance(s, P)
         )
@@ -133,7 +149,7 @@ class TensorParallel:
         for path, leaf in leaves.items():
             if isinstance(leaf, QTensor):
                 placed = jax.device_put(leaf, self.of_qtensor(path, leaf))
-                k, n = self.cut(path, Weight.of(leaf))
+                k, n = self.cut(path, leaf.n, Weight.of(leaf))
                 made: Any = ShardedTensor(placed, self.mesh, k, n)
             else:
                 made = jax.device_put(leaf, self.of_array(path, np.shape(leaf)))
@@ -151,7 +167,10 @@ class TensorParallel:
             owner, _, field = path.rpartition("/")
             if owner not in weights:
                 return self.of_array(path, shape)
-            return self._along(self.cuts.of_field(owner, weights[owner], field, shape), shape)
+            weight = weights[owner]
+            if self._apart(owner, weight.n, weight):
+                return self.sharding()
+            return self._along(self.cuts.of_field(owner, weight, field, shape), shape)
 
         return place
 

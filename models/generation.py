@@ -6,6 +6,7 @@ few programs serve all lengths.  The cache is donated to each step and updated i
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -13,12 +14,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jq.errors import ModelError, NonFiniteError
 from jq.models.cache import KVCache, init_cache
 from jq.models.decoder import Decoder
 from jq.models.sampling import Sampling, sample
 from jq.models.tokenizer import TextStream, Tokenizer
+from jq.sharded import ShardedTensor
+from jq.sharding import axes_of
 
 FINISHED = -1
 _SMALLEST_BUCKET = 32
@@ -155,7 +160,7 @@ def _prefill(
     last = jnp.full((batch,), length - 1, jnp.int32)
     output: Any = model.apply({"params": params}, tokens, mask=mask, cache=cache, at=last)
     logits, cache = output
-    return sample(logits[:, 0], _step_key(key, 0), sampling), cache
+    return sample(logits[:, 0], _step_key(key, 0), sampling), _placed(model, params, cache)
 
 
 @partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames=("cache",))
@@ -171,7 +176,19 @@ def _step(
     tokens = jnp.maximum(token, 0)[:, None]
     output: Any = model.apply({"params": params}, tokens, cache=cache)
     logits, cache = output
-    return sample(logits[:, 0], _step_key(key, index), sampling), cache
+    return sample(logits[:, 0], _step_key(key, index), sampling), _placed(model, params, cache)
+
+
+def _placed(model: Decoder, params: Any, cache: KVCache) -> KVCache:
+    """The cache where quantized weights that are cut over a mesh make keys and values: a compiler
+    that may choose cuts them otherwise, and gathers all of them at every step."""
+    maker = params[model.block_names[0]]["attention"]["k_proj"]["kernel"]
+    if not isinstance(maker, ShardedTensor):
+        return cache
+    whole = model.config.num_key_value_heads % axes_of(maker.mesh, maker.n) > 0
+    lies = NamedSharding(maker.mesh, P(None, None, None if whole else maker.n, None))
+    keys, values = jax.lax.with_sharding_constraint((cache.keys, cache.values), lies)
+    return dataclasses.replace(cache, keys=keys, values=values)
 
 
 def _step_key(key: jax.Array | None, index: Any) -> jax.Array | None:

@@ -20,9 +20,10 @@ from jq.checkpoint.format import ArrayEntry
 from jq.cuts import Weight
 from jq.errors import CheckpointError, ModelError, SpecError
 from jq.methods.rtn import rtn_quantize
-from jq.models import Decoder
+from jq.models import Decoder, generation
 from jq.models.config import ModelConfig
 from jq.models.generation import generate
+from jq.models.sampling import Sampling
 from jq.prepare import choices
 from jq.qtensor import QTensor
 from jq.sharded import ShardedTensor
@@ -112,9 +113,11 @@ def test_logits_are_those_of_one_device(name):
     # Three sums of hidden states: of the embedding's rows, behind attention and behind the MLP.
     exchanged = hlo.collectives(compiled.as_text())
     assert exchanged.pop(("all-reduce", TOKENS.size * 64 * 4)) == 3
-    # And nothing else; heads that the devices do not divide are put together again.
-    assert bool(exchanged) == (parts > model.config.num_key_value_heads)
-    assert all(size < TOKENS.size * 64 * 4 for _, size in exchanged)
+    # And nothing else: heads that the devices do not divide are everywhere.
+    assert not exchanged
+    whole = parts > model.config.num_key_value_heads
+    key = layer["attention"]["k_proj"]["kernel"]
+    assert shards(key.weight.codes) == (32, 16 if whole else 16 // parts)
 
 
 @on_eight
@@ -142,12 +145,22 @@ def test_other_weights(kind):
 
 @on_eight
 @pytest.mark.slow
-def test_text_is_that_of_one_device():
+@pytest.mark.parametrize("devices", [2, 8])
+def test_text_is_that_of_one_device(devices):
+    """Of a cache that is cut by its two heads, and of a whole one."""
     model, params = decoder()
-    cut = TensorParallel(model, tensor_mesh(2)).shard(params)
+    cut = TensorParallel(model, tensor_mesh(devices)).shard(params)
     prompts = [[1, 2, 3], [4, 5]]
     made = [generate(model, p, prompts, 6, eos_token_ids=()) for p in (params, cut)]
     assert made[0] == made[1]
+    tokens, mask = generation._pad_left(prompts)
+    token, cache = generation._prefill(model, Sampling(), 64, cut, tokens, mask, None)
+    assert shards(cache.keys[0]) == (2, 64, 1 if devices == 2 else 2, 8)
+    step = generation._step.lower(model, Sampling(), cut, token, cache, None, np.int32(1))
+    exchanged = hlo.collectives(step.compile().as_text())
+    assert exchanged.pop(("all-reduce", 2 * 64 * 4)) == 3
+    # What is left is the choice among the parts of the vocabulary.
+    assert all(size <= 2 * 4 * devices for _, size in exchanged)
 
 
 @on_eight
@@ -221,8 +234,11 @@ def test_what_one_process_wrote_goes_straight_to_its_devices(kind, tmp_path, mon
         on_host.clear()
         _, cut = jq.load(tmp_path / "q", mesh=mesh, axis=axis)
         assert_same(unsharded(cut), params)
-        # One device takes all as it would without a mesh.
-        assert pieces & on_host == (pieces if mesh.shape[axis] == 1 else set())
+        # One device takes all as it would without a mesh, every one keys and values of two heads
+        # that so many do not divide.
+        heads = {path for path in pieces if "/k_proj/" in path or "/v_proj/" in path}
+        whole = {1: pieces, 2: set()}.get(mesh.shape[axis], heads)
+        assert pieces & on_host == whole
 
 
 @on_eight
@@ -289,13 +305,18 @@ def test_the_rule():
     rule = TensorParallel(model, one_device())
     plain, ordered = Weight(INT4, 64, 64, False), Weight(INT4, 64, 64, True)
     for name in ("attention/q_proj", "attention/v_proj", "mlp/gate_proj", "mlp/up_proj"):
-        assert rule.cut(f"layers_0/{name}/kernel", plain) == (None, "model")
+        assert rule.cut(f"layers_0/{name}/kernel", 64, plain) == (None, "model")
     for name in ("attention/o_proj", "mlp/down_proj"):
         path = f"layers_0/{name}/kernel"
-        assert rule.cut(path, plain) == rule.cut(path) == ("model", None)
-        assert rule.cut(path, ordered) == (None, "model")
-        assert rule.cut(path, Weight(w8a8(), 64, 64, False)) == (None, "model")
-    assert rule.cut("lm_head/kernel") == (None, "model")
+        assert rule.cut(path, 64, plain) == rule.cut(path, 64) == ("model", None)
+        assert rule.cut(path, 64, ordered) == (None, "model")
+        assert rule.cut(path, 64, Weight(w8a8(), 64, 64, False)) == (None, "model")
+    assert rule.cut("lm_head/kernel", 64) == (None, "model")
+    # Heads of 8 channels stay together.
+    for parts, axis in ((2, "model"), (4, None), (3, None)):
+        assert rule.cut("layers_0/attention/k_proj/kernel", 16, parts=parts) == (None, axis)
+    assert rule.cut("layers_0/attention/q_proj/kernel", 64, parts=8) == (None, "model")
+    assert rule.cut("layers_0/mlp/up_proj/kernel", 16, parts=16) == (None, "model")
     assert rule.parts == 1
     with pytest.raises(SpecError, match="has axes model, and none 'tp'"):
         TensorParallel(model, one_device(), "tp")
