@@ -34,16 +34,22 @@ def data_mesh(devices: int | Literal["all"] | None = None, axis: str = "data") -
     local = jax.local_devices()
     if devices is None:
         devices = 1 if local[0].platform == "cpu" else len(local)
-    count = len(local) if devices == "all" else devices
-    if not 1 <= count <= len(local):
-        good = "1" if len(local) == 1 else f"1 to {len(local)}"
-        raise SpecError(
-            f"{count} devices are asked for, and this process has {len(local)} "
-            f"({local[0].platform}): give {good}, or all"
-        )
+    count = checked_count(devices, len(local), local[0].platform)
     if count == 1:
         return None
     return Mesh(np.array(local[:count]), (axis,), axis_types=(AxisType.Auto,))
+
+
+def checked_count(asked: int | Literal["all"], there: int, platform: str) -> int:
+    """How many of a process's devices are meant.  Raises SpecError for more than are there."""
+    count = there if asked == "all" else asked
+    if not 1 <= count <= there:
+        good = "1" if there == 1 else f"1 to {there}"
+        raise SpecError(
+            f"{count} devices are asked for, and this process has {there} ({platform}): "
+            f"give {good}, or all"
+        )
+    return count
 
 
 @dataclasses.dataclass(frozen=True)

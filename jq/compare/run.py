@@ -27,6 +27,7 @@ from jq.compare.store import DONE, FAILED, Store
 from jq.compare.tasks import describe as describe_tasks
 from jq.compare.tasks import find_tasks
 from jq.compare.worker import ArmError, describe, device_apart, run_apart
+from jq.data_mesh import checked_count
 from jq.errors import CalibrationError, SpecError
 from jq.evaluate.run import cut_windows
 from jq.models import HFCheckpoint
@@ -201,13 +202,8 @@ def _spec(
 def _device(plan: Plan) -> dict[str, Any]:
     """Facts of the device; "used" is how many of several, where it is not one."""
     facts = _device_facts(plan)
-    count = facts["count"]
-    used = 1 if plan.devices is None else count if plan.devices == "all" else plan.devices
-    if not 1 <= used <= count:
-        raise SpecError(
-            f"{used} devices are asked for, and this process has {count} ({facts['platform']}): "
-            f"give 1{f' to {count}' if count > 1 else ''}, or all"
-        )
+    asked = 1 if plan.devices is None else plan.devices
+    used = checked_count(asked, facts["count"], facts["platform"])
     return facts if used == 1 else facts | {"used": used}
 
 
