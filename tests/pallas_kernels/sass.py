@@ -160,6 +160,7 @@ def inspect(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--suite", default="variants", help="module of this folder")
+    parser.add_argument("--every", type=int, default=1, help="only every so many-th variant")
     parser.add_argument("--match", action="append", help="only variants whose name contains this")
     parser.add_argument("--dump", help="folder to keep the SASS in")
     args = parser.parse_args()
@@ -167,7 +168,7 @@ def main() -> None:
     use_wheels_tools()
     device = compile_only_device(suite.CAPABILITY)
     unwanted = getattr(suite, "FORBIDDEN", FORBIDDEN)
-    for variant in suite.ALL:
+    for variant in suite.ALL[:: args.every]:
         if args.match and not any(text in variant.name for text in args.match):
             continue
         dumps = compile_kernel(*variant.lowering(), device)

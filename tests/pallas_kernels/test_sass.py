@@ -14,11 +14,6 @@ from tests.pallas_kernels import assembling, variants
 BOUNDS = assembling.bounds_of("sass_bounds.json")
 
 
-@pytest.fixture(scope="module", params=assembling.VERSIONS)
-def assembled(request) -> dict[str, dict]:
-    return assembling.reports(request.param, "variants")
-
-
 @pytest.fixture(scope="module")
 def bounds() -> dict[str, list[float]]:
     return assembling.read(BOUNDS)
@@ -36,9 +31,11 @@ def test_the_bounds_leave_time_for_the_memory(bounds):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [variant.name for variant in variants.ALL])
-def test_machine_code(assembled, bounds, name):
-    report = assembled[name]
+@pytest.mark.parametrize(
+    ("version", "name"), assembling.cases([variant.name for variant in variants.ALL])
+)
+def test_machine_code(bounds, version, name):
+    report = assembling.reports(version, "variants")[name]
     assert report["tensor"] >= 8, "wgmma takes the operands in two slices of four instructions"
     assert report["drains"] == 0
     assert report["shared"] <= SHARED_MEMORY
@@ -46,11 +43,12 @@ def test_machine_code(assembled, bounds, name):
 
 
 @pytest.mark.slow
-def test_shared_memory_is_what_the_config_says(assembled):
+@pytest.mark.parametrize("version", assembling.VERSIONS)
+def test_shared_memory_is_what_the_config_says(version):
     """`shared_bytes` is checked before anything is compiled: it must not promise too much."""
-    for variant in variants.ALL:
-        shared = assembled[variant.name]["shared"]
-        assert shared <= variant.config.shared_bytes() + 1024, variant.name
+    found = assembling.reports(version, "variants")
+    for variant in variants.ALL[:: assembling.EVERY[version]]:
+        assert found[variant.name]["shared"] <= variant.config.shared_bytes() + 1024, variant.name
 
 
 if __name__ == "__main__":

@@ -18,9 +18,10 @@ FAMILIES = {
     (8, 9): ("variants_sm89", variants_ampere.SM89),
 }
 ALL = [
-    pytest.param(capability, variant, id=f"{capability[1]}-{variant.name}")
+    pytest.param(version, capability, variant, id=f"{version}-{capability[1]}-{variant.name}")
     for capability, (_, variants) in FAMILIES.items()
-    for variant in variants
+    for version in assembling.VERSIONS
+    for variant in variants[:: assembling.EVERY[version]]
 ]
 # 65536 registers of a multiprocessor make room for two blocks of 128 threads at least.
 MOST_REGISTERS = 255
@@ -28,20 +29,6 @@ MOST_REGISTERS = 255
 
 def bounds_of(capability):
     return assembling.bounds_of(f"sass_bounds_sm{capability[0]}{capability[1]}.json")
-
-
-@pytest.fixture(scope="module", params=assembling.VERSIONS)
-def assembled(request):
-    """Capability -> variant's name -> report; each capability is compiled for when it is needed."""
-    found = {}
-
-    def of(capability):
-        if capability not in found:
-            suite, _ = FAMILIES[capability]
-            found[capability] = assembling.reports(request.param, suite)
-        return found[capability]
-
-    return of
 
 
 @pytest.mark.parametrize("capability", FAMILIES)
@@ -68,9 +55,9 @@ def test_what_the_estimate_answers_is_assembled():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("capability", "variant"), ALL)
-def test_machine_code(assembled, capability, variant):
-    report = assembled(capability)[variant.name]
+@pytest.mark.parametrize(("version", "capability", "variant"), ALL)
+def test_machine_code(version, capability, variant):
+    report = assembling.reports(version, FAMILIES[capability][0])[variant.name]
     assert report["tensor"] >= 4
     shared = report["shared"]
     assert shared <= SHARED_MEMORY[capability]
