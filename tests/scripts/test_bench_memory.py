@@ -56,8 +56,9 @@ def test_the_peak_of_each_block_is_its_own():
     watch(SimpleNamespace(block="layers_1"))
     watch(SimpleNamespace(block="layers_1"))
     first, second = watch.finish()
-    assert 0 < second <= first
-    assert watch.rest <= max(first, peak_bytes())
+    assert 0 < second < first
+    # The kernel counts in batches: a few pages of it may be late.
+    assert watch.rest < max(first, peak_bytes()) + 2**22
 
 
 def test_a_line_per_block(tmp_path):

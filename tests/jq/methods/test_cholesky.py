@@ -134,13 +134,11 @@ shared = jax.shard_map(
     check_vma=False,
 )
 found = np.asarray(jax.jit(shared)(given))
-print(problems.relative_error(found, np.linalg.cholesky(gram.astype(np.float64))))
+assert problems.relative_error(found, np.linalg.cholesky(gram.astype(np.float64))) < 1e-5
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(EIGHT, reason="starts processes of its own")
 def test_the_devices_of_several_processes():
-    told = [outcome.out.split() for outcome in run_processes(HOSTS, 2, devices=2)]
-    assert len(told) == 2
-    assert all(float(error) < 1e-5 for (error,) in told)
+    assert len(run_processes(HOSTS, 2, devices=2)) == 2
