@@ -18,8 +18,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jq.cuts import misfit
 from jq.errors import SpecError
-from jq.sharding import misfit
 from jq.spec import QuantSpec
 
 

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from jq.cuts import misfit
 from jq.kernels.choice import HOPPER, REFERENCE, Choice, capability_of, explain
 from jq.kernels.convert import to_kernel
 from jq.prepared import PreparedTensor
 from jq.qtensor import QTensor
-from jq.sharding import axes_of, misfit, partition_specs
+from jq.sharding import axes_of, partition_specs
 from jq.support import Capability
 from jq.tensor_parallel import unsharded
 

@@ -12,11 +12,12 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jq.cuts import misfit
 from jq.errors import SpecError
 from jq.matmul import qmatmul
 from jq.prepare import choices, prepare
 from jq.prepared import PreparedTensor
-from jq.sharding import misfit, partition_specs, sharded_qmatmul
+from jq.sharding import partition_specs, sharded_qmatmul
 from jq.spec import FP8, QuantSpec
 from tests.devices import run_with
 from tests.jq import cases, problems
